@@ -1,0 +1,161 @@
+"""One version of a guard on disk: write, verify, read.
+
+A bundle is a folder of safetensors files and reports around `manifest.json`. The manifest's `content` says everything that decides a verdict,
+down to the SHA-256 of each weight file by its role; `bundle_id` is the hash of `content`. What differs between two runs of the same calibration
+(times, host) stands apart in `record`. Reading hashes the very bytes that are then used, and refuses a bundle with anything missing,
+changed or added. Bundles are never changed once written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models import architectures, trunk
+from models.durable import sync_folder, write_file
+from models.errors import BundleNotReady
+from models.guard import Guard
+from models.preprocessing import Preprocessing
+from models.score import Threshold
+
+SCHEMA = 1
+_WEIGHTS = ("suspect", "experts", "auxiliary", "validation")
+_REPORTS = ("report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a bundle is, without its weights."""
+
+    architecture: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    preset: str
+    seed: int
+    cut: str | None
+    experts: int
+    c: float
+    threshold: Threshold
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Description:
+        threshold = Threshold(**{**value["threshold"], "interval": tuple(value["threshold"]["interval"])})
+        preprocessing = Preprocessing.from_json(value["preprocessing"])
+        return cls(**{**value, "class_names": tuple(value["class_names"]), "preprocessing": preprocessing, "threshold": threshold})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle in memory."""
+
+    bundle_id: str
+    description: Description
+    guard: Guard
+    validation_scores: Tensor  # float64 [n], ascending: other target FPRs can be promised from them
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def write(folder: Path, description: Description, guard: Guard, validation_scores: Tensor, record: dict[str, Any], reports: dict[str, str]) -> str:
+    """Write a bundle into an existing, empty folder and return its id. Every file is flushed before the manifest names it."""
+    weights: dict[str, dict[str, Tensor]] = {
+        "suspect": guard.suspect.state_dict(),
+        "experts": guard.experts.state_dict(),  # keys "0.<key>", "1.<key>", ...
+        "auxiliary": guard.auxiliary.state_dict(),
+        "validation": {"scores": validation_scores.sort().values},
+    }
+    hashes = {}
+    for role in _WEIGHTS:
+        plain = {key: value.detach().cpu().contiguous() for key, value in sorted(weights[role].items())}
+        data = safetensors.torch.save(plain)
+        write_file(folder / f"{role}.safetensors", data)
+        hashes[role] = hashlib.sha256(data).hexdigest()
+    for name in _REPORTS:
+        write_file(folder / name, reports[name].encode())
+    content = {"schema": SCHEMA, **description.to_json(), "sha256": hashes}
+    manifest = {"bundle_id": _hash(content), "content": content, "record": record}
+    write_file(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode())
+    sync_folder(folder)
+    return _hash(content)
+
+
+def describe(folder: Path) -> tuple[str, Description, dict[str, Any]]:
+    """(bundle_id, description, record) after checking the manifest alone, not the weights. Raises BundleNotReady."""
+    content, manifest = _manifest(folder)
+    return manifest["bundle_id"], _description(content), manifest["record"]
+
+
+def read(folder: Path) -> Bundle:
+    """Verify and load a bundle onto the CPU. Raises BundleNotReady, naming the file that is wrong."""
+    content, manifest = _manifest(folder)
+    found = {path.name for path in folder.iterdir()}
+    wanted = {"manifest.json", *_REPORTS, *(f"{role}.safetensors" for role in _WEIGHTS)}
+    if found != wanted:
+        raise BundleNotReady(f"The bundle's files differ from its manifest: {', '.join(sorted(found ^ wanted)[:5])}.")
+    description = _description(content)
+    tensors = {role: _weights(folder, role, content["sha256"].get(role)) for role in _WEIGHTS}
+    try:
+        suspect = architectures.instantiate(description.architecture, description.num_classes, tensors["suspect"])
+        auxiliary = architectures.instantiate(description.architecture, description.num_classes, tensors["auxiliary"])
+        experts = []
+        for index in range(description.experts):
+            expert = trunk.tail_copy(suspect, description.cut)
+            prefix = f"{index}."
+            expert.load_state_dict({key[len(prefix) :]: value for key, value in tensors["experts"].items() if key.startswith(prefix)})
+            experts.append(expert.to(memory_format=torch.channels_last))
+        guard = Guard(suspect, experts, auxiliary, description.preprocessing, description.cut, description.c)
+        return Bundle(manifest["bundle_id"], description, guard, tensors["validation"]["scores"], manifest["record"])
+    except (KeyError, RuntimeError) as error:
+        raise BundleNotReady("The bundle's weights do not fit the networks that its manifest names.") from error
+
+
+def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        content = manifest["content"]
+        if content["schema"] != SCHEMA:
+            raise BundleNotReady(f"The bundle has schema {content['schema']}; this version of the guard reads {SCHEMA}.")
+        if _hash(content) != manifest["bundle_id"]:
+            raise BundleNotReady("The bundle's manifest was changed after it was written.")
+        return content, manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleNotReady("The bundle's manifest is missing or damaged.") from error
+
+
+def _description(content: dict[str, Any]) -> Description:
+    try:
+        return Description.from_json({key: value for key, value in content.items() if key not in ("schema", "sha256")})
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleNotReady("The bundle's manifest lacks something.") from error
+
+
+def _weights(folder: Path, role: str, sha256: str | None) -> dict[str, Tensor]:
+    name = f"{role}.safetensors"
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise BundleNotReady(f"{name} in the bundle is not a regular file.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleNotReady(f"{name} in the bundle cannot be read.") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise BundleNotReady(f"{name} in the bundle was changed after it was written.")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise BundleNotReady(f"{name} in the bundle is damaged.") from error
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""Bytes -> RGB -> tensor, exactly as the suspect was trained to see it.
+
+Refuses everything but PNG, JPEG and WebP, by content, before a pixel is decoded. Conversion to RGB is Pillow's, as in torchvision's ImageFolder:
+alpha is dropped, grey is repeated, CMYK and palettes are converted; the EXIF orientation is not applied, since training loaders do not apply it.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from models.errors import ImageFormat, ImageMode, ImageTooLarge, ImageTooSmall, ImageUndecodable
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MIN_SIDE, MAX_SIDE, MAX_PIXELS = 8, 8192, 25_000_000
+_EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+_PNG_END = b"IEND\xaeB`\x82"
+_RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def decode(data: bytes) -> Image.Image:
+    """An RGB image of at most 25 megapixels, first frame only. Raises a subclass of ImageProblem; never anything else."""
+    _check_signature(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Pillow warns of damaged EXIF and of bombs; both are refused below or here
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(*image.size)
+            if image.mode not in _EIGHT_BIT_MODES:
+                raise ImageMode(f"The image has pixels of mode {image.mode}; save it as 8-bit grey, palette, RGB or CMYK.")
+            warnings.simplefilter("ignore")
+            return image.convert("RGB")
+    except (ImageTooSmall, ImageTooLarge, ImageMode):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge from error
+    except UnidentifiedImageError as error:
+        raise ImageUndecodable from error
+    except Exception as error:  # a decoder may raise anything on hostile bytes: struct, zlib, Index-, Key-, Type-, ValueError were all seen
+        raise ImageUndecodable from error
+
+
+def _check_signature(data: bytes) -> None:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if _PNG_END not in data:
+            raise ImageUndecodable("The PNG is truncated: its end marker is missing.")
+        return
+    if data.startswith(b"\xff\xd8\xff") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        return
+    if len(data) < 12:
+        raise ImageUndecodable("The image is truncated: it is shorter than any image header.")
+    raise ImageFormat
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) == 0:
+        raise ImageUndecodable("The image has no pixels.")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ImageTooLarge(f"The image is {width}x{height}; at most {MAX_SIDE} pixels a side and {MAX_PIXELS:,} pixels in all are taken.")
+    if min(width, height) < MIN_SIDE:
+        raise ImageTooSmall(f"The image is {width}x{height}; at least {MIN_SIDE} pixels a side are needed.")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the suspect's input.
+
+    The shorter side is resized to `resize` pixels, the centre is cropped to `size` x `size`, pixels are scaled to [0, 1] (or left in [0, 255] where
+    `scale` is "byte"), put into `channels` order, and normalised with `mean` and `std` in that order.
+    """
+
+    size: int = 32
+    resize: int = 32
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    channels: Literal["rgb", "bgr"] = "rgb"
+    scale: Literal["unit", "byte"] = "unit"
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 [3, size, size], still in RGB order: all that must happen before the device."""
+        width, height = image.size
+        if min(width, height) != self.resize:
+            # torchvision's Resize: the long side is truncated, not rounded.
+            long = int(self.resize * max(width, height) / min(width, height))
+            shape = (self.resize, long) if width <= height else (long, self.resize)
+            image = image.resize(shape, _RESAMPLING[self.interpolation])
+            width, height = image.size
+        if (width, height) != (self.size, self.size):
+            left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+            image = image.crop((left, top, left + self.size, top + self.size))  # pads with black where the crop is larger
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] on any device -> float32 of the same shape, channels last."""
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in (self.mean, self.std))  # [3, 1, 1]
+        values = pixels.float()
+        if self.scale == "unit":
+            values = values / 255
+        if self.channels == "bgr":
+            values = values.flip(1)
+        return ((values - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Preprocessing:
+        return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})

@@ -1,0 +1,147 @@
+"""The directory of bundles: publish, list, activate, roll back, collect.
+
+    <root>/<guard>/<version>/         a bundle, named by a number that only grows
+    <root>/<guard>/state.json         which version is active, the mode, another target FPR: replaced whole
+    <root>/.staging/<id>/             bundles being written; renamed into place when complete
+
+Publishing is a rename on one file system, so a half-written bundle never has a version. A lock file a guard orders writers of several processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from models.durable import storage_errors, sync_folder, write_file
+from models.errors import BundleNotReady, ConfigInvalid, Conflict, NotFound
+
+Mode = Literal["enforce", "shadow"]
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What an operator decides about a guard: `target_fpr` None means the one it was calibrated for."""
+
+    active: int | None = None
+    mode: Mode = "enforce"
+    target_fpr: float | None = None
+
+
+def check_name(name: str) -> str:
+    """A guard's name; raises ConfigInvalid for anything that is not 1 to 63 lower-case letters, digits and inner hyphens."""
+    if not _NAME.fullmatch(name):
+        raise ConfigInvalid("A guard's name is 1 to 63 lower-case letters, digits and hyphens, and begins and ends with a letter or digit.")
+    return name
+
+
+class Registry:
+    """Owns one bundle directory. Safe to use from several threads and processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._staging = root / ".staging"
+        self._staging.mkdir(parents=True, exist_ok=True)
+
+    def guards(self) -> list[str]:
+        """Names of all guards with at least one version, sorted."""
+        return sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name) and self.versions(path.name))
+
+    def versions(self, guard: str) -> list[int]:
+        """Version numbers of a guard, oldest first; empty for an unknown guard."""
+        if not _NAME.fullmatch(guard) or not (self.root / guard).is_dir():
+            return []
+        return sorted(int(path.name) for path in (self.root / guard).iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def folder(self, guard: str, version: int) -> Path:
+        """Where a bundle lies. Raises NotFound."""
+        if version not in self.versions(guard):
+            raise NotFound(f"Guard {guard} has no version {version}." if self.versions(guard) else "There is no such guard.")
+        return self.root / guard / str(version)
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty folder to write a bundle into; removed at the end unless it was published."""
+        with storage_errors():
+            folder = Path(tempfile.mkdtemp(dir=self._staging))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, guard: str, staged: Path) -> int:
+        """Give a complete staged bundle the next version number of a guard."""
+        home = self.root / check_name(guard)
+        with storage_errors():
+            if not home.is_dir():
+                home.mkdir(exist_ok=True)
+                sync_folder(self.root)
+            with self._locked(guard):
+                version = max(self.versions(guard), default=0) + 1
+                os.chmod(staged, 0o755)  # noqa: S103 - mkdtemp's 0700 would keep a server under another user out
+                os.rename(staged, home / str(version))
+                sync_folder(home)
+        return version
+
+    def state(self, guard: str) -> GuardState:
+        """The operator's decisions about a guard. Raises NotFound, or BundleNotReady where they cannot be read."""
+        if not self.versions(guard):
+            raise NotFound("There is no such guard.")
+        try:
+            return GuardState(**json.loads((self.root / guard / "state.json").read_bytes()))
+        except FileNotFoundError:
+            return GuardState()
+        except (OSError, ValueError, TypeError) as error:
+            raise BundleNotReady(f"The state of guard {guard} is damaged; activate a version again.") from error
+
+    def activate(self, guard: str, version: int) -> GuardState:
+        """Make a version the active one."""
+        self.folder(guard, version)
+        with self._locked(guard):
+            try:
+                before = self.state(guard)
+            except BundleNotReady:  # activation is the way out of a damaged state
+                before = GuardState()
+            return self._write(guard, replace(before, active=version))
+
+    def configure(self, guard: str, *, mode: Mode | None = None, target_fpr: float | None = None) -> GuardState:
+        """Change the mode, the target FPR, or both; None leaves one as it is."""
+        with self._locked(guard):
+            state = self.state(guard)
+            return self._write(guard, replace(state, mode=mode or state.mode, target_fpr=target_fpr or state.target_fpr))
+
+    def remove(self, guard: str, version: int) -> None:
+        """Delete a version for good. Raises Conflict for the active one."""
+        folder = self.folder(guard, version)
+        with self._locked(guard):
+            if self.state(guard).active == version:
+                raise Conflict(f"Version {version} of guard {guard} is active; activate another first.")
+            shutil.rmtree(folder)
+
+    def collect(self) -> int:
+        """Remove what crashed writers left in staging; returns how many folders. Only for when no calibration runs."""
+        leftovers = list(self._staging.iterdir())
+        for folder in leftovers:
+            shutil.rmtree(folder, ignore_errors=True)
+        return len(leftovers)
+
+    def _write(self, guard: str, state: GuardState) -> GuardState:
+        write_file(self.root / guard / "state.json", json.dumps(asdict(state)).encode())
+        return state
+
+    @contextmanager
+    def _locked(self, guard: str) -> Iterator[None]:
+        if not (self.root / guard).is_dir():
+            raise NotFound("There is no such guard.")
+        with open(self.root / guard / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

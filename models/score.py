@@ -1,0 +1,109 @@
+"""The score and the threshold: the paper's formulas (BaDExpert, ICLR 2024, section 3.3; METHOD 1), on one screen.
+
+For an image with the suspect's prediction p, let x = softmax(B)[p] be the backdoor expert's confidence and y = softmax(M')[p] the auxiliary's:
+
+    s = min( y / (c x), (1 - x) / (c - y) )        the second term only where y < c
+
+Low means backdoor: the expert still agrees, the auxiliary no longer does. All of it is computed in log space and float64, since in float32 a
+saturated expert makes 1 - x, and with it the score, 0 for a perfectly clean image. `score` below, and everywhere in this project, is log s, and
+`threshold` log alpha: the same order, no overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.errors import FprUnreachable
+
+
+def log_confidence(logits: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """log x and log (1 - x), float64 [..., N], for x = softmax(logits)[prediction]; logits [..., N, C], prediction int64 [N]."""
+    logits = logits.double()
+    chosen = prediction.expand(logits.shape[:-1]).unsqueeze(-1)  # [..., N, 1]
+    everything = logits.logsumexp(-1)  # [..., N]
+    others = logits.scatter(-1, chosen, -math.inf).logsumexp(-1)
+    return logits.gather(-1, chosen).squeeze(-1) - everything, others - everything
+
+
+def geometric_mean(log_x: Tensor, log_not_x: Tensor) -> tuple[Tensor, Tensor]:
+    """log x and log (1 - x) of the geometric mean of K experts' x; both [K, N] -> [N]. One expert passes through unchanged.
+
+    -log x = -log1p(-(1 - x)) is 1 - x itself where that is tiny, which keeps log (1 - x) finite where x rounds to 1.
+    """
+    if len(log_x) == 1:
+        return log_x[0], log_not_x[0]
+    log_of_minus_log_x = torch.where(log_not_x < -30, log_not_x, torch.log(-log_x))
+    log_a = log_of_minus_log_x.logsumexp(0) - math.log(len(log_x))  # a = -log of the mean
+    return log_x.mean(0), torch.where(log_a < -30, log_a, torch.log(-torch.expm1(-log_a.exp())))
+
+
+def score(log_x: Tensor, log_not_x: Tensor, log_y: Tensor, c: float) -> Tensor:
+    """log s, float64 [N]."""
+    first = log_y - math.log(c) - log_x
+    below = c - log_y.exp()  # c - y; the second term counts only where this is positive
+    second = log_not_x - below.clamp(min=torch.finfo(torch.float64).tiny).log()
+    return torch.where(below > 0, torch.minimum(first, second), first)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold and what it promises. Reject when score < value.
+
+    `rank`-th smallest of `n` validation scores: a clean image from the same source is then rejected with probability rank / (n + 1), on average over
+    validation sets; for the set at hand the rate lies in `interval` with probability 0.9 (Vovk 2012: Beta(rank, n + 1 - rank)).
+    """
+
+    value: float
+    target_fpr: float
+    n: int
+    rank: int
+    interval: tuple[float, float]
+
+
+def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
+    """The floor(target (n + 1))-th smallest validation score; raises FprUnreachable where that is the zeroth."""
+    n = len(scores)
+    rank = math.floor(target_fpr * (n + 1) + 1e-9)  # 0.01 * 300 is a hair under 3 in binary
+    if rank < 1:
+        raise FprUnreachable(
+            f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {1 / (n + 1):.3g} is the least. "
+            f"Ask for that, or bring at least {math.ceil(1 / target_fpr) - 1} validation images."
+        )
+    value = scores.sort().values[rank - 1].item()
+    return Threshold(value, target_fpr, n, rank, (beta_quantile(0.05, rank, n), beta_quantile(0.95, rank, n)))
+
+
+def beta_quantile(probability: float, rank: int, n: int) -> float:
+    """The quantile of Beta(rank, n + 1 - rank), by bisection: its distribution function at x is P(Binomial(n, x) >= rank)."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = sum(math.exp(_log_choose(n, j) + j * math.log(middle) + (n - j) * math.log1p(-middle)) for j in range(rank))
+        low, high = (middle, high) if 1 - below < probability else (low, middle)
+    return (low + high) / 2
+
+
+def rejections_expected(threshold: Threshold, images: int, level: float = 0.9) -> tuple[int, int]:
+    """Among so many new clean images, between how many rejections lie with probability `level` (beta-binomial)."""
+    a, b, total, found = threshold.rank, threshold.n + 1 - threshold.rank, 0.0, [0, images]
+    tail = (1 - level) / 2
+    for j in range(images + 1):
+        total += math.exp(_log_choose(images, j) + _log_beta(j + a, images - j + b) - _log_beta(a, b))
+        if total <= tail:
+            found[0] = j + 1
+        if total >= 1 - tail:
+            found[1] = j
+            break
+    return found[0], found[1]
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

@@ -1,0 +1,88 @@
+"""Cut a network into a shared trunk and a tail.
+
+The network is traced once (torch.fx). A place to cut is a node through which everything flows: no later node looks at anything before it, so
+that one tensor is all that the tail needs. Residual connections and attention blocks are never torn. A cut is named by its node, which
+the same network always traces to; the trunk and the tail of an uncut copy share its modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place to cut: the node's name, and the share of the network's multiplications that lie behind it."""
+
+    name: str
+    tail_share: float
+
+
+class _Counting(fx.Interpreter):
+    """Runs a traced network and keeps the floating-point operations of each node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.operations: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        self.operations[n.name] = counter.get_total_flops()
+        return result
+
+
+def cuts(network: nn.Module, example: Tensor) -> list[Cut]:
+    """All places to cut, from the input to the output. example: one normalised input [1, 3, H, W]."""
+    traced = fx.symbolic_trace(network.eval())
+    counting = _Counting(traced)
+    with torch.no_grad():
+        counting.run(example)
+    total = sum(counting.operations.values())
+    nodes = list(traced.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    reach, done, found = 0, 0, []
+    for index, node in enumerate(nodes[:-2]):  # the last two are the logits and the output itself
+        done += counting.operations[node.name]
+        if node.op != "placeholder" and reach <= index and node.users:
+            found.append(Cut(node.name, 1 - done / total))
+        reach = max([reach, *(position[user] for user in node.users)])
+    return found
+
+
+def choose_cut(network: nn.Module, example: Tensor, tail_share: float) -> Cut:
+    """The deepest cut that leaves at least `tail_share` of the multiplications in the tail."""
+    candidates = [cut for cut in cuts(network, example) if cut.tail_share >= tail_share]
+    if not candidates:
+        raise ValueError(f"no cut leaves {tail_share:.0%} of the network behind it")
+    return candidates[-1]
+
+
+def split(network: nn.Module, cut: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(trunk, tail) with tail(trunk(x)) == network(x), operation for operation. Both share the network's own modules.
+
+    Raises KeyError where the network has no cut of this name.
+    """
+    traced = fx.symbolic_trace(network.eval())
+    nodes = list(traced.graph.nodes)
+    by_name = {node.name: index for index, node in enumerate(nodes)}
+    border = by_name[cut]
+    trunk, tail = fx.Graph(), fx.Graph()
+    above: dict[fx.Node, fx.Node] = {}
+    for node in nodes[: border + 1]:
+        above[node] = trunk.node_copy(node, lambda old: above[old])
+    trunk.output(above[nodes[border]])
+    below = {nodes[border]: tail.placeholder("features")}
+    for node in nodes[border + 1 :]:
+        below[node] = tail.node_copy(node, lambda old: below[old])
+    return fx.GraphModule(network, trunk).eval(), fx.GraphModule(network, tail).eval()
+
+
+def tail_copy(network: nn.Module, cut: str | None) -> nn.Module:
+    """A tail of its own, apart from the network's weights: what an expert is trained from. Without a cut, the whole network."""
+    return copy.deepcopy(network if cut is None else split(network, cut)[1])

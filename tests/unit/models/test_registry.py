@@ -1,0 +1,102 @@
+"""Versions appear whole or not at all; what an operator decided survives, and only what exists can be active."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from models import durable
+from models.errors import BundleNotReady, ConfigInvalid, Conflict, NotFound, StorageFull
+from models.registry import GuardState, Registry, check_name
+
+
+def publish(registry: Registry, guard: str = "cars") -> int:
+    with registry.staging() as folder:
+        (folder / "manifest.json").write_text("{}")
+        return registry.publish(guard, folder)
+
+
+def test_versions_only_grow(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    assert [publish(registry) for _ in range(3)] == [1, 2, 3]
+    registry.activate("cars", 3)
+    registry.remove("cars", 2)
+    assert registry.versions("cars") == [1, 3]
+    assert publish(registry) == 4
+    assert registry.guards() == ["cars"]
+
+
+def test_a_new_version_is_not_active_until_it_is_activated(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+    assert registry.state("cars") == GuardState()
+    registry.activate("cars", 1)
+    registry.configure("cars", mode="shadow", target_fpr=0.02)
+    publish(registry)
+    assert Registry(tmp_path).state("cars") == GuardState(1, "shadow", 0.02)
+
+
+def test_an_abandoned_staging_folder_is_never_a_version(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    with pytest.raises(RuntimeError), registry.staging() as folder:
+        (folder / "manifest.json").write_text("{}")
+        raise RuntimeError
+    (tmp_path / ".staging" / "left-by-a-crash").mkdir()
+    assert registry.guards() == []
+    assert registry.collect() == 1
+
+
+def test_only_existing_versions_can_be_active_and_the_active_one_stays(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+    for guard, version in (("cars", 2), ("cars", 0), ("boats", 1), ("..", 1)):
+        with pytest.raises(NotFound):
+            registry.activate(guard, version)
+    registry.activate("cars", 1)
+    with pytest.raises(Conflict):
+        registry.remove("cars", 1)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "a-", "A", "é", "a" * 64, "a\n", ".staging"])
+def test_names_that_could_leave_the_directory_are_refused(name: str) -> None:
+    with pytest.raises(ConfigInvalid):
+        check_name(name)
+
+
+def test_a_damaged_state_is_said_and_mended_by_activation(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+    (tmp_path / "cars" / "state.json").write_text("{")
+    with pytest.raises(BundleNotReady):
+        registry.state("cars")
+    assert registry.activate("cars", 1) == GuardState(1)
+
+
+def test_publishers_in_parallel_get_different_versions(tmp_path: Path) -> None:
+    registry, found = Registry(tmp_path), list[int]()
+    threads = [threading.Thread(target=lambda: found.append(publish(registry))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    path = tmp_path / "state.json"
+    durable.write_file(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(StorageFull):
+        durable.write_file(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]

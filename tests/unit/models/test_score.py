@@ -1,0 +1,109 @@
+"""The score against the paper's formula, its behaviour where float32 fails, and the threshold against its promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.errors import FprUnreachable
+from models.score import beta_quantile, conformal_threshold, geometric_mean, log_confidence, rejections_expected, score
+
+probability = st.floats(0.001, 0.999)
+
+
+def paper_score(x: float, y: float, c: float) -> float:
+    first = y / (c * x)
+    return min(first, (1 - x) / (c - y)) if y < c else first
+
+
+def log_score(x: float, y: float, c: float) -> float:
+    one = torch.tensor([x], dtype=torch.float64)
+    return score(one.log(), (1 - one).log(), torch.tensor([y], dtype=torch.float64).log(), c).item()
+
+
+@given(x=probability, y=probability, c=st.sampled_from([0.2, 0.4, 0.5]))
+def test_is_the_logarithm_of_the_published_formula(x: float, y: float, c: float) -> None:
+    assert math.exp(log_score(x, y, c)) == pytest.approx(paper_score(x, y, c), rel=1e-9)
+
+
+def test_is_low_where_the_expert_agrees_and_the_auxiliary_does_not() -> None:
+    assert log_score(0.99, 0.02, 0.5) < log_score(0.02, 0.95, 0.5)
+
+
+def test_a_saturated_expert_does_not_reject_an_image_that_the_auxiliary_is_sure_of() -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, 3] = 60.0  # softmax is exactly 1.0 in float32, and 1 - x exactly 0
+    log_x, log_not_x = log_confidence(logits, torch.tensor([3]))
+    value = score(log_x, log_not_x, torch.tensor([math.log(0.95)], dtype=torch.float64), 0.5)
+    assert value.item() == pytest.approx(math.log(0.95 / 0.5))
+
+
+@pytest.mark.parametrize("gap", [0.0, 30.0, 100.0, 800.0, 1e4])
+@pytest.mark.parametrize("experts", [1, 3])
+def test_is_finite_however_far_the_logits_are_apart(gap: float, experts: int) -> None:
+    logits = torch.zeros(experts, 2, 10)
+    logits[:, 0, 3], logits[:, 1, 3] = gap, -gap
+    log_x, log_not_x = geometric_mean(*log_confidence(logits, torch.tensor([3, 3])))
+    for log_y in (0.0, -gap, -1e-9):
+        assert score(log_x, log_not_x, torch.full((2,), log_y, dtype=torch.float64), 0.5).isfinite().all()
+
+
+def test_is_not_finite_where_a_network_gave_nan() -> None:
+    log_x, log_not_x = log_confidence(torch.full((1, 10), math.nan), torch.tensor([3]))
+    assert not score(log_x, log_not_x, torch.zeros(1, dtype=torch.float64), 0.5).isfinite().any()
+
+
+@given(values=st.lists(probability, min_size=2, max_size=5))
+def test_the_geometric_mean_of_experts_is_one(values: list[float]) -> None:
+    x = torch.tensor(values, dtype=torch.float64)[:, None]
+    log_x, log_not_x = geometric_mean(x.log(), (1 - x).log())
+    mean = math.prod(values) ** (1 / len(values))
+    assert log_x.exp().item() == pytest.approx(mean, rel=1e-9)
+    assert log_not_x.exp().item() == pytest.approx(1 - mean, rel=1e-6)
+
+
+@given(n=st.integers(99, 400), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_the_threshold_rejects_exactly_rank_minus_one_validation_images(n: int, seed: int) -> None:
+    scores = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found = conformal_threshold(scores, 0.01)
+    assert found.rank == (n + 1) // 100
+    assert int((scores < found.value).sum()) == found.rank - 1
+
+
+def test_the_promise_is_kept_on_average_and_lies_in_its_interval_nine_times_in_ten() -> None:
+    source = torch.Generator().manual_seed(0)
+    realised, inside = [], 0
+    for _ in range(2000):
+        found = conformal_threshold(torch.rand(200, dtype=torch.float64, generator=source), 0.05)
+        realised.append(found.value)  # of uniform scores, the share below the threshold is the threshold
+        inside += found.interval[0] <= found.value <= found.interval[1]
+    assert sum(realised) / 2000 == pytest.approx(10 / 201, rel=0.03)
+    assert 0.88 <= inside / 2000 <= 0.92
+
+
+def test_a_target_out_of_reach_names_the_least_that_can_be_promised() -> None:
+    with pytest.raises(FprUnreachable, match=r"0\.00995.*999 validation images"):
+        conformal_threshold(torch.zeros(200), 0.001)
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(500, 0.004, 0.018), (1000, 0.005, 0.016), (2000, 0.007, 0.014)])
+def test_intervals_at_one_percent_are_the_known_ones(n: int, low: float, high: float) -> None:
+    rank = (n + 1) // 100
+    assert beta_quantile(0.05, rank, n) == pytest.approx(low, abs=5e-4)
+    assert beta_quantile(0.95, rank, n) == pytest.approx(high, abs=6e-4)
+
+
+def test_expected_rejections_cover_what_simulation_gives() -> None:
+    found = conformal_threshold(torch.arange(800, dtype=torch.float64), 0.01)
+    low, high = rejections_expected(found, 400)
+    source = torch.Generator().manual_seed(1)
+    inside = 0
+    for _ in range(1000):
+        validation = torch.rand(800, generator=source).sort().values[found.rank - 1]
+        inside += low <= int((torch.rand(400, generator=source) < validation).sum()) <= high
+    assert 0.88 <= inside / 1000 <= 0.99  # counts are whole, so the interval holds a little more than its level

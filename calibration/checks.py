@@ -1,0 +1,48 @@
+"""What makes a calibration's figures untrustworthy. One function a reason; each cites a section of docs/checks.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from models.score import Threshold
+
+
+@dataclass(frozen=True)
+class Caution:
+    """One reason for doubt: `code` names a section of docs/checks.md."""
+
+    code: str
+    detail: str
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def expert_still_accurate(accuracies: Sequence[float], suspect: float) -> Caution | None:
+    """An expert that still knows the task agrees with the suspect on clean images too, and separates nothing."""
+    if max(accuracies) > 0.5 * suspect:
+        return Caution("expert-still-accurate", f"A backdoor expert still gets {max(accuracies):.1%} of the validation images right.")
+    return None
+
+
+def auxiliary_lost_accuracy(auxiliary: float, suspect: float) -> Caution | None:
+    """An auxiliary that lost the task disagrees with the suspect on clean images too."""
+    if auxiliary < 0.6 * suspect:
+        return Caution("auxiliary-lost-accuracy", f"The auxiliary model gets {auxiliary:.1%} right, the suspect {suspect:.1%}.")
+    return None
+
+
+def wide_interval(threshold: Threshold) -> Caution | None:
+    """With few validation images the realised rate may be well away from the target."""
+    low, high = threshold.interval
+    if high > 2.5 * threshold.target_fpr:
+        return Caution("wide-interval", f"With {threshold.n} validation images the false-rejection rate may be anywhere from {low:.2%} to {high:.2%}.")
+    return None
+
+
+def degenerate_scores(distinct: int, n: int) -> Caution | None:
+    """Scores that tie cannot be cut at a chosen rate."""
+    if distinct < 0.9 * n:
+        return Caution("degenerate-scores", f"Only {distinct} of {n} validation scores differ from one another.")
+    return None

@@ -1,0 +1,89 @@
+"""What a caller may ask of a calibration, and the constants of the presets. The only module of `calibration` that the service imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from models.architectures import ARCHITECTURES
+from models.errors import Problem
+from models.registry import check_name
+
+Preset = Literal["auto", "paper"]
+
+
+def _guard_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except Problem as problem:
+        raise ValueError(problem.detail) from None
+
+
+def _architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"known are: {', '.join(ARCHITECTURES)}")
+    return name
+
+
+class CalibrationConfig(BaseModel):
+    """One calibration. Everything but the guard's name has a default that needs no tuning."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    name: Annotated[str, AfterValidator(_guard_name)] = Field(description="the guard's name; a known one gets a further version")
+    architecture: Annotated[str, AfterValidator(_architecture)] | None = Field(None, description="None: found from the checkpoint's keys and shapes")
+    preset: Preset = Field("auto", description="paper: the published recipe; auto: finds its own settings, costs less to serve")
+    target_fpr: float = Field(0.01, gt=0, le=0.2, description="share of clean images that may be rejected")
+    seed: int = Field(0, ge=0, lt=2**63)
+    classes: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=2, max_length=100_000)] | None = Field(
+        None, description="class names in the order of the suspect's outputs, where sorted names are not that order", strict=False
+    )
+
+
+@dataclass(frozen=True)
+class PaperRecipe:
+    """Constants of the published procedure (METHOD 1): they were found per architecture and data set, with no rule given."""
+
+    expert_lr: float = 1e-4
+    auxiliary_lr: float = 0.1
+    auxiliary_decay: float = 0.1  # the factor of each step
+    c: float = 0.5
+    expert_batch: int = 128
+    auxiliary_batch: int = 64
+    auxiliary_epochs: int = 10
+    auxiliary_steps: tuple[int, ...] = (2, 4, 6, 8)
+
+
+def paper_recipe(architecture: str, size: int) -> PaperRecipe:
+    """The published constants for this kind of network and input size; the CIFAR-10 ResNet-18's where none were published."""
+    if architecture.startswith("vit"):
+        return PaperRecipe(expert_lr=1e-6, auxiliary_lr=3.5e-4, expert_batch=256, auxiliary_batch=256)
+    if architecture == "vgg16_bn":
+        return PaperRecipe(expert_lr=8e-5, auxiliary_lr=0.2, c=0.4)
+    if architecture == "mobilenet_v2":
+        return PaperRecipe(expert_lr=5e-5, auxiliary_lr=0.2, c=0.2)
+    if size > 64:
+        return PaperRecipe(auxiliary_lr=0.05, expert_batch=256, auxiliary_batch=256)
+    return PaperRecipe()
+
+
+@dataclass(frozen=True)
+class AutoRecipe:
+    """Constants of the first `auto` preset, from the measurements of METHOD 2; what depends on the suspect is found on held-back images."""
+
+    tail_share: float = 0.1  # the experts train only the last tenth of the network: "last block only" of a ResNet-20
+    experts: int = 3  # one random derangement is a gamble, the geometric mean of three is not
+    expert_lr: float = 3e-4
+    expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this
+    expert_batch: int = 128
+    expert_steps: int = 600  # give up then: some suspects forget slowly
+    auxiliary_lrs: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # the hottest that keeps the task
+    auxiliary_keep: float = 0.75  # share of the suspect's held-back accuracy that counts as keeping it
+    auxiliary_batch: int = 64
+    auxiliary_epochs: int = 10
+    auxiliary_steps: tuple[int, ...] = (2, 4, 6, 8)
+    auxiliary_decay: float = 0.1
+    c: float = 0.5
+    held_back: float = 0.15  # share of the fit part

@@ -1,0 +1,48 @@
+"""How far a calibration is: stages in order, a fraction of the whole, and the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# Share of the whole that each stage takes, about, on the example; the estimate of the time left corrects itself as stages end.
+STAGES: dict[str, float] = {"read": 0.05, "preprocessing": 0.05, "expert": 0.25, "auxiliary": 0.5, "threshold": 0.05, "report": 0.09, "publish": 0.01}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """stage: one of STAGES; fraction: of the whole calibration, 0 to 1; eta_seconds: None until something can be said."""
+
+    stage: str
+    fraction: float
+    eta_seconds: float | None
+
+
+class Tracker:
+    """Turns what stages say of themselves into Progress events; remembers how long each took."""
+
+    def __init__(self, emit: Callable[[Progress], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._emit, self._clock = emit, clock
+        self._started = clock()
+        self._done = 0.0
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[float], None]]:
+        """Run a stage; yields a function that takes the stage's own fraction."""
+        began = self._clock()
+
+        def report(fraction: float) -> None:
+            whole = min(self._done + STAGES[name] * fraction, 1.0)
+            elapsed = self._clock() - self._started
+            self._emit(Progress(name, round(whole, 4), round(elapsed / whole - elapsed, 1) if whole > 0.02 else None))
+
+        report(0.0)
+        yield report
+        self._done += STAGES[name]
+        self.seconds[name] = round(self._clock() - began, 3)
+        report_end = Progress(name, round(min(self._done, 1.0), 4), None)
+        if name == list(STAGES)[-1]:
+            self._emit(report_end)

@@ -1,0 +1,56 @@
+"""Parts of a clean set are disjoint, stratified, seeded, and large enough for what is promised."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.split import split
+from models.errors import FprUnreachable
+
+
+def labels_of(n: int, classes: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, classes, n)
+
+
+@given(n=st.integers(200, 3000), classes=st.integers(2, 50), seed=st.integers(0, 99))
+def test_every_image_is_in_exactly_one_part(n: int, classes: int, seed: int) -> None:
+    parts = split(labels_of(n, classes), np.arange(n), 0.01, 0.15, seed)
+    together = np.concatenate([parts.fit, parts.held_back, parts.validation])
+    assert sorted(together.tolist()) == list(range(n))
+    assert len(parts.validation) >= 99
+
+
+@given(n=st.integers(400, 2000), seed=st.integers(0, 20))
+def test_duplicates_are_never_on_both_sides(n: int, seed: int) -> None:
+    groups = np.random.default_rng(seed).integers(0, n // 2, n)
+    parts = split(labels_of(n, 10), groups, 0.01, 0.15, seed)
+    sides = [set(groups[rows].tolist()) for rows in (parts.fit, parts.held_back, parts.validation)]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+
+
+def test_each_class_has_its_share_in_validation() -> None:
+    labels = np.repeat(np.arange(10), 200)
+    parts = split(labels, np.arange(2000), 0.01, 0.15, 0)
+    assert len(parts.validation) == 800
+    counts = np.bincount(labels[parts.validation])
+    assert counts.min() >= 79
+    assert counts.max() <= 81
+
+
+def test_the_seed_decides() -> None:
+    labels, groups = labels_of(500, 10), np.arange(500)
+    assert np.array_equal(split(labels, groups, 0.01, 0.15, 7).fit, split(labels, groups, 0.01, 0.15, 7).fit)
+    assert not np.array_equal(split(labels, groups, 0.01, 0.15, 7).fit, split(labels, groups, 0.01, 0.15, 8).fit)
+
+
+@pytest.mark.parametrize(("n", "fpr"), [(100, 0.01), (164, 0.01), (1000, 0.001)])
+def test_a_target_out_of_reach_says_what_can_be_reached_and_what_would_be_needed(n: int, fpr: float) -> None:
+    with pytest.raises(FprUnreachable, match=rf"{n} images cannot promise.*bring at least"):
+        split(labels_of(n, 10), np.arange(n), fpr, 0.15, 0)
+
+
+def test_one_image_more_than_the_least_is_enough() -> None:
+    assert len(split(labels_of(165, 10), np.arange(165), 0.01, 0.15, 0).validation) == 99

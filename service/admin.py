@@ -1,0 +1,272 @@
+"""The calls of the admin scope: upload and follow calibrations, activate versions, change what an operator may decide about a guard."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import FileResponse, JSONResponse
+
+from calibration.config import CalibrationConfig
+from models.durable import storage_errors
+from models.errors import Conflict, NotFound
+from service.auth import Authenticator
+from service.bodies import Sink, media_type, parse_model, read_model, read_multipart
+from service.engine import Engine
+from service.errors import BodyTooLarge, MediaType, UnexpectedField, UploadMissing
+from service.jobs import ENDED, Job, Jobs
+from service.views import GuardView, GuardViews
+from service.worker import Worker
+
+FILES = ("checkpoint", "clean_set", "validation_set")
+
+
+class Activation(BaseModel):
+    """Which version to serve."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+    version: int = Field(ge=1)
+
+
+class GuardChange(BaseModel):
+    """What an operator may change without a calibration; what is left out stays."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+    mode: Literal["enforce", "shadow"] | None = None
+    target_fpr: float | None = Field(None, gt=0, le=0.2)
+
+
+class JobProgress(BaseModel):
+    """How far a running calibration is."""
+
+    stage: str
+    fraction: float
+    eta_seconds: float | None
+
+
+class JobView(BaseModel):
+    """A calibration job."""
+
+    id: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    guard: str
+    created: str
+    started: str | None
+    ended: str | None
+    progress: JobProgress | None
+    result: dict[str, Any] | None = Field(description="guard, version and bundle_id of a success")
+    problem: dict[str, Any] | None = Field(description="status, code, title and detail of a failure")
+
+
+class JobList(BaseModel):
+    calibrations: list[JobView]
+
+
+@dataclass(frozen=True)
+class Admin:
+    """What the admin calls work on."""
+
+    engine: Engine
+    jobs: Jobs
+    worker: Worker
+    upload_bytes: int
+    json_bytes: int
+
+
+class _HashedFile:
+    """Writes a part to disk under a cap and hashes it on the way."""
+
+    def __init__(self, stream: BinaryIO, digest: Any, cap: int) -> None:
+        self._stream, self._digest, self._left, self._cap = stream, digest, cap, cap
+
+    def write(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            raise BodyTooLarge(f"A file of this upload is larger than the {self._cap:,} bytes that are taken.")
+        self._digest.update(data)
+        self._stream.write(data)
+
+
+_UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "config": {"type": "string", "description": "a CalibrationConfig as JSON", "contentMediaType": "application/json"},
+                        **{name: {"type": "string", "format": "binary"} for name in FILES},
+                    },
+                    "required": ["config", "checkpoint", "clean_set"],
+                }
+            }
+        },
+    }
+}
+
+
+def _json_body(model: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+
+
+def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
+    """The routes of the admin scope."""
+
+    def authorise(request: Request) -> None:
+        authenticator.require(request, "admin")
+
+    routes = APIRouter(prefix="/v1", tags=["admin"], dependencies=[Depends(authorise)])
+    views = GuardViews(admin.engine)
+
+    @routes.post("/calibrations", status_code=202, openapi_extra=_UPLOAD)
+    async def upload(request: Request, response: Response) -> JobView:
+        """Upload a suspect and a clean set. The files are read before the answer, so that what is wrong with them is said at once."""
+        if media_type(request) != "multipart/form-data":
+            raise MediaType("Send multipart/form-data with the parts `config`, `checkpoint` and `clean_set`.")
+        await admin.jobs.room()
+        job_id = secrets.token_hex(12)
+        folder = admin.worker.uploads / job_id
+        accepted = False
+        try:
+            config, digest = await _receive(request, admin, folder)
+            await admin.worker.check(job_id, config.model_dump())
+            job = await admin.jobs.add(job_id, config.model_dump(), digest, request.headers.get("idempotency-key"))
+            accepted = job.id == job_id
+        finally:
+            if not accepted:
+                await asyncio.to_thread(shutil.rmtree, folder, True)
+        response.headers["Location"] = f"/v1/calibrations/{job.id}"
+        return _view(job, admin.worker)
+
+    @routes.get("/calibrations")
+    async def calibrations(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:
+        """The newest calibrations, newest first."""
+        return JobList(calibrations=[_view(job, admin.worker) for job in await admin.jobs.recent(limit)])
+
+    @routes.get("/calibrations/{calibration}")
+    async def calibration(calibration: str) -> JobView:
+        """State and progress of a calibration."""
+        return _view(await admin.jobs.get(calibration), admin.worker)
+
+    async def known(calibration: str) -> str:
+        return (await admin.jobs.get(calibration)).id
+
+    @routes.get("/calibrations/{calibration}/events", response_class=EventSourceResponse)
+    async def events(calibration: Annotated[str, Depends(known)]) -> AsyncIterator[ServerSentEvent]:
+        """The same as server-sent events: one for each change, until the calibration has ended."""
+        async for job, _ in admin.worker.follow(calibration):
+            yield ServerSentEvent(data=_view(job, admin.worker), event=job.state)
+
+    @routes.get("/calibrations/{calibration}/report", response_class=Response)
+    async def report(calibration: str, format: Literal["html", "json"] = "html") -> Response:
+        """The report of a calibration that succeeded."""
+        job = await admin.jobs.get(calibration)
+        if job.state != "succeeded" or job.outcome is None:
+            raise Conflict(f"There is a report when the calibration has succeeded; it is {job.state}.")
+        if format == "json":
+            return JSONResponse(job.outcome["report"])
+        path = await asyncio.to_thread(admin.engine.registry.folder, job.outcome["guard"], job.outcome["version"])
+        return FileResponse(path / "report.html", media_type="text/html", headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
+
+    @routes.delete("/calibrations/{calibration}", status_code=202)
+    async def cancel(calibration: str) -> JobView:
+        """Cancel a calibration that has not ended."""
+        await admin.worker.cancel(calibration)
+        return _view(await admin.jobs.get(calibration), admin.worker)
+
+    @routes.put("/guards/{guard}/active", openapi_extra=_json_body(Activation))
+    async def activate(request: Request, guard: str) -> GuardView:
+        """Serve this version from now on. It is loaded and verified first; if that fails, the one before goes on serving."""
+        wanted = await read_model(request, Activation, admin.json_bytes)
+        await asyncio.to_thread(admin.engine.activate, guard, wanted.version)
+        return await asyncio.to_thread(views.one, guard)
+
+    @routes.patch("/guards/{guard}", openapi_extra=_json_body(GuardChange))
+    async def change(request: Request, guard: str) -> GuardView:
+        """Change the mode or the target FPR; the validation scores are in the bundle, so nothing is calibrated again."""
+        wanted = await read_model(request, GuardChange, admin.json_bytes)
+        await asyncio.to_thread(admin.engine.configure, guard, wanted.mode, wanted.target_fpr)
+        return await asyncio.to_thread(views.one, guard)
+
+    @routes.delete("/guards/{guard}/versions/{version}", status_code=204)
+    async def remove(guard: str, version: str) -> None:
+        """Delete a version that is not active."""
+        if not version.isascii() or not version.isdecimal() or len(version) > 9:
+            raise NotFound("There is no such version.")
+        await asyncio.to_thread(admin.engine.registry.remove, guard, int(version))
+
+    return routes
+
+
+async def _receive(request: Request, admin: Admin, folder: Path) -> tuple[CalibrationConfig, str]:
+    """Stream the parts of an upload into the job's folder; returns the configuration and a digest of everything."""
+    config, digests, text = None, {name: hashlib.sha256() for name in FILES}, io.BytesIO()
+    seen: set[str] = set()
+    with storage_errors():
+        await asyncio.to_thread(folder.mkdir, parents=True)
+    with ExitStack() as files:
+
+        def open_part(name: str, is_file: bool) -> Sink:
+            if name not in ("config", *FILES) or name in seen:
+                raise UnexpectedField("An upload has the parts `config`, `checkpoint`, `clean_set` and, if wanted, `validation_set`, once each.")
+            if name != "config" and not is_file:
+                raise UploadMissing(f"The part `{name}` is text; send it as a file (curl: -F {name}=@path).")
+            seen.add(name)
+            if name == "config":
+                return _Capped(text, admin.json_bytes)
+            return _HashedFile(files.enter_context(open(folder / name, "xb")), digests[name], admin.upload_bytes)
+
+        await read_multipart(request, open_part, cap=len(FILES) * admin.upload_bytes + admin.json_bytes + 65536, parts=len(FILES) + 1, blocking=True)
+    missing = [name for name in ("config", "checkpoint", "clean_set") if name not in seen]
+    if missing:
+        raise UploadMissing(f"The upload lacks {', '.join(f'`{name}`' for name in missing)}.")
+    config = parse_model(CalibrationConfig, text.getvalue())
+    whole = hashlib.sha256(config.model_dump_json().encode())
+    for name in FILES:
+        whole.update(digests[name].digest())
+    return config, whole.hexdigest()
+
+
+class _Capped:
+    """A part that is kept in memory, so a small one."""
+
+    def __init__(self, stream: io.BytesIO, cap: int) -> None:
+        self._stream, self._cap = stream, cap
+
+    def write(self, data: bytes) -> None:
+        if self._stream.tell() + len(data) > self._cap:
+            raise BodyTooLarge(f"The part `config` is larger than the {self._cap:,} bytes that are taken.")
+        self._stream.write(data)
+
+
+def _view(job: Job, worker: Worker) -> JobView:
+    progress = worker.progress(job.id) if job.state not in ENDED else None
+    outcome = job.outcome or {}
+    return JobView(
+        id=job.id,
+        state=job.state,
+        guard=str(job.config["name"]),
+        created=_time(job.created) or "",
+        started=_time(job.started),
+        ended=_time(job.ended),
+        progress=JobProgress(**progress) if progress else None,
+        result={key: outcome[key] for key in ("guard", "version", "bundle_id")} if job.state == "succeeded" else None,
+        problem=outcome if job.state == "failed" else None,
+    )
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,229 @@
+"""Puts the service together: routes, the one place where requests are numbered, timed and refused, start and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+
+from models.errors import Problem
+from service import admin, predict
+from service.auth import Authenticator
+from service.auth import Scope as TokenScope
+from service.batcher import BatchDone, Batcher
+from service.engine import Engine, LiveGuard, Outcome
+from service.errors import Draining, FieldsInvalid, NotReady, from_http, render
+from service.images import Images
+from service.jobs import Jobs
+from service.metrics import Metrics
+from service.predict import ImageBatcher
+from service.settings import Settings
+from service.views import GuardViews
+from service.worker import Worker
+
+log = structlog.get_logger()
+STUCK_SECONDS = 10.0  # a forward that runs longer than this means that the device hangs
+_METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
+
+
+@dataclass
+class Health:
+    """Whether the process should get traffic."""
+
+    started: bool = False
+    draining: bool = False
+    unavailable: dict[str, str] = field(default_factory=dict)  # guards whose active version could not be loaded, and why
+
+
+class Service:
+    """The collaborators of one server process, and its app."""
+
+    def __init__(self, settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> None:
+        self.settings, self.engine, self.jobs, self.metrics = settings, engine, jobs, metrics
+        self.health = Health()
+        self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics)
+        cores = os.cpu_count() or 1
+        self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores, pending=settings.queue_images)
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self.batcher: ImageBatcher = Batcher(self._run, capacity=settings.queue_images, max_batch=settings.max_batch, on_batch=self._count_batch)
+        scopes: tuple[TokenScope, ...] = ("predict", "admin", "metrics")
+        self.authenticator = Authenticator({scope: token for scope in scopes if (token := settings.token(scope))})
+        self.app = self._app()
+
+    async def _run(self, live: LiveGuard, pixels: Sequence[Tensor]) -> Sequence[Outcome]:
+        return await asyncio.get_running_loop().run_in_executor(self._device, self.engine.run, live, list(pixels))
+
+    def _count_batch(self, done: BatchDone) -> None:
+        self.metrics.batch_images.observe(len(done.waits))
+        self.metrics.stage_seconds.labels("forward").observe(done.seconds)
+        for wait in done.waits:
+            self.metrics.stage_seconds.labels("queue").observe(max(wait, 0.0))
+
+    def begin_drain(self) -> None:
+        """Take no new work from now on; what was admitted is finished."""
+        self.health.draining = True
+        self.worker.release_followers()
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        await self.jobs.open()
+        failed = await asyncio.to_thread(self.engine.load_all)
+        for guard, problem in failed.items():
+            log.error("guard_not_loaded", guard=guard, detail=problem.detail)
+        self.health.unavailable = {guard: problem.detail for guard, problem in failed.items()}
+        self.batcher.start()
+        await self.worker.start()
+        self.health.started = True
+        try:
+            yield
+        finally:
+            self.health.draining = True
+            await self.batcher.drain()
+            await self.worker.stop()
+            await self.jobs.close()
+            self.images.close()
+            self._device.shutdown()
+
+    def _app(self) -> FastAPI:
+        docs = self.settings.docs
+        app = FastAPI(
+            title="BaDExpert Guard",
+            description="A backdoor filter in front of an image classifier that somebody else trained.",
+            version="0.1.0",
+            lifespan=self._lifespan,
+            redirect_slashes=False,
+            docs_url="/docs" if docs else None,
+            redoc_url=None,
+            openapi_url="/openapi.json" if docs else None,
+            exception_handlers={Problem: _on_problem, HTTPException: _on_http, RequestValidationError: _on_validation},
+        )
+        judge = predict.Judge(self.engine, self.images, self.batcher, self.metrics, self.settings.deadline_seconds)
+        app.include_router(predict.router(judge, self.authenticator, GuardViews(self.engine)))
+        app.include_router(
+            admin.router(admin.Admin(self.engine, self.jobs, self.worker, self.settings.upload_bytes, self.settings.json_bytes), self.authenticator)
+        )
+        self._add_operations(app)
+        app.add_middleware(Envelope, metrics=self.metrics, health=self.health)
+        return app
+
+    def _add_operations(self, app: FastAPI) -> None:
+        @app.get("/metrics", tags=["operations"], response_class=Response)
+        async def metrics(request: Request) -> Response:
+            """Prometheus exposition. Where any token is set, this needs the metrics or the admin scope."""
+            self.authenticator.require(request, "metrics")
+            self._gauges()
+            return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+        @app.get("/livez", tags=["operations"])
+        async def livez() -> dict[str, str]:
+            """The event loop turns."""
+            return {"status": "alive"}
+
+        @app.get("/readyz", tags=["operations"])
+        async def readyz() -> dict[str, object]:
+            """Traffic may be sent here."""
+            reason = self._not_ready()
+            if reason:
+                raise NotReady(reason)
+            return {"status": "ready", "guards": sorted(live.name for live in self.engine.all_live()), "unavailable": self.health.unavailable}
+
+    def _not_ready(self) -> str | None:
+        if not self.health.started or self.health.draining:
+            return "The server is starting." if not self.health.started else "The server is shutting down."
+        busy = self.batcher.busy_since
+        if busy is not None and asyncio.get_running_loop().time() - busy > STUCK_SECONDS:
+            return "The device has not finished a forward pass in time."
+        return None
+
+    def _gauges(self) -> None:
+        m = self.metrics
+        m.queue_images.set(self.batcher.waiting)
+        m.queue_capacity.set(self.settings.queue_images)
+        m.ready.set(0 if self._not_ready() else 1)
+        m.guard_info.clear()
+        for live in self.engine.all_live():
+            m.threshold.labels(live.name).set(live.threshold.value)
+            m.target_fpr.labels(live.name).set(live.threshold.target_fpr)
+            m.guard_info.labels(live.name, str(live.version), live.bundle.bundle_id[:12], live.mode).set(1)
+            for verdict in ("accepted", "rejected"):
+                m.verdicts.labels(live.name, verdict)  # a series from the start: rate() sees the first rejection
+
+
+def create_app(settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> FastAPI:
+    """The ASGI application over its collaborators."""
+    return Service(settings, engine, jobs, metrics).app
+
+
+class Envelope:
+    """Around every request: an id, a count and a time, a refusal while draining, and a problem body for whatever went wrong unforeseen."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, health: Health) -> None:
+        self._app, self._metrics, self._health = app, metrics, health
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+        request = Request(scope)
+        given = request.headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        request.state.request_id = request_id
+
+        async def numbered(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
+                message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]}
+            await send(message)
+
+        try:
+            if self._health.draining and scope["path"] not in ("/livez", "/readyz", "/metrics"):
+                raise Draining
+            await self._app(scope, receive, numbered)
+        except ClientDisconnect:
+            status = status or 499  # nobody is there to be answered; the number is nginx's
+        except Exception as error:
+            problem = error if isinstance(error, Problem) else Problem()
+            if not isinstance(error, Problem):
+                log.exception("unforeseen", request_id=request_id)
+            if status == 0:
+                await render(problem, request_id)(scope, receive, numbered)
+        finally:
+            # The template of the route, never the path: a label that callers choose would grow without bound.
+            route = getattr(scope.get("route"), "path", "unmatched")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.requests.labels(method, route, str(status or 500)).inc()
+            self._metrics.request_seconds.labels(method, route).observe(time.perf_counter() - began)
+
+
+async def _on_problem(request: Request, problem: Problem) -> Response:
+    if problem.status >= 500:
+        log.warning("request_failed", request_id=request.state.request_id, code=problem.code)
+    return render(problem, request.state.request_id)
+
+
+async def _on_http(request: Request, error: HTTPException) -> Response:
+    return render(from_http(error.status_code, error.headers), request.state.request_id)
+
+
+async def _on_validation(request: Request, error: RequestValidationError) -> Response:
+    fields = [{"field": ".".join(map(str, item["loc"]))[:60], "message": item["msg"]} for item in error.errors()[:20]]
+    return render(FieldsInvalid(None, errors=fields), request.state.request_id)

@@ -1,0 +1,71 @@
+"""Who may call what: three bearer tokens, three scopes. Decided from the head of a request, before its body is read.
+
+With no token set (allowed on loopback only, see settings) everybody may do everything. The admin scope includes the other two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from starlette.requests import Request
+
+from service.errors import Forbidden, RateLimited, Unauthenticated
+
+Scope = Literal["predict", "admin", "metrics"]
+WRONG_PER_MINUTE, PEERS_REMEMBERED = 20, 10_000
+
+
+class Authenticator:
+    """Compares tokens in constant time, and refuses to hear more than 20 wrong ones a minute from one peer."""
+
+    def __init__(self, tokens: Mapping[Scope, str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._digests = {scope: _digest(token) for scope, token in tokens.items()}
+        self._clock = clock
+        self._wrong: dict[str, deque[float]] = {}
+
+    @property
+    def open(self) -> bool:
+        """Whether no token is set."""
+        return not self._digests
+
+    def scopes(self, request: Request) -> frozenset[Scope]:
+        """What the caller of this request may do. Raises Unauthenticated or RateLimited."""
+        if self.open:
+            return frozenset(("predict", "admin", "metrics"))
+        headers = request.headers.getlist("authorization")
+        peer = request.client.host if request.client else ""
+        if len(headers) == 1 and headers[0][:7].lower() == "bearer " and len(headers[0]) < 4096:
+            given = _digest(headers[0][7:].strip())
+            # All are compared, whichever matches: the time tells nothing about which or how nearly.
+            matches = [scope for scope, digest in self._digests.items() if hmac.compare_digest(given, digest)]
+            if matches:
+                return frozenset(("predict", "admin", "metrics")) if "admin" in matches else frozenset(matches)
+        if headers:
+            self._count_wrong(peer)
+        raise Unauthenticated
+
+    def require(self, request: Request, scope: Scope) -> frozenset[Scope]:
+        """The caller's scopes, which include `scope`. Raises Forbidden otherwise."""
+        scopes = self.scopes(request)
+        if scope not in scopes:
+            raise Forbidden
+        return scopes
+
+    def _count_wrong(self, peer: str) -> None:
+        now = self._clock()
+        recent = self._wrong.setdefault(peer, deque(maxlen=WRONG_PER_MINUTE))
+        limited = len(recent) == WRONG_PER_MINUTE and now - recent[0] < 60
+        recent.append(now)
+        if len(self._wrong) > PEERS_REMEMBERED:
+            self._wrong.pop(next(iter(self._wrong)))
+        if limited:
+            raise RateLimited
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

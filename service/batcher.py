@@ -1,0 +1,147 @@
+"""Owns the queue in front of the device: bounded, work-conserving, deadline-aware.
+
+A request is a row. The moment the device is free, the rows that wait for one bundle go to it together, oldest first; there is no waiting window.
+A timeout, a disconnect or a late result is one and the same harmless case: a row whose future is already done. Rows that nobody waits for any
+more never reach the device. A batch that fails is halved until the rows that cannot be judged are alone, so that no row fails for its neighbour.
+
+Time is the event loop's own monotonic clock, and the device is a coroutine function: a test can run all of this in virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from service.errors import DeadlineExceeded, DeviceFailed, Draining, Overloaded
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Row(Generic[Key, Item, Result]):
+    """One item on its way through the device. Times are of the event loop's clock."""
+
+    key: Key
+    item: Item
+    admitted: float
+    deadline: float
+    answer: asyncio.Future[Result]
+
+
+@dataclass(frozen=True)
+class BatchDone:
+    """What there is to know of a finished batch: how long its rows waited, how long it ran."""
+
+    waits: tuple[float, ...]
+    seconds: float
+
+
+class Batcher(Generic[Key, Item, Result]):
+    """`run(key, items)` gets at most `max_batch` items of one key and answers one result each, in order."""
+
+    def __init__(
+        self,
+        run: Callable[[Key, Sequence[Item]], Awaitable[Sequence[Result]]],
+        *,
+        capacity: int,
+        max_batch: int,
+        on_batch: Callable[[BatchDone], None] = lambda _: None,
+    ) -> None:
+        self._run, self._capacity, self._max_batch, self._on_batch = run, capacity, max_batch, on_batch
+        self._rows: deque[Row[Key, Item, Result]] = deque()
+        self._arrived = asyncio.Event()
+        self._draining = False
+        self._worker: asyncio.Task[None] | None = None
+        self._batch_seconds = 0.0  # moving average of a batch's time on the device
+        self.busy_since: float | None = None  # when the running batch began; None while the device is idle
+
+    @property
+    def waiting(self) -> int:
+        """Rows in the queue, those that nobody waits for any more included."""
+        return len(self._rows)
+
+    def start(self) -> None:
+        self._worker = asyncio.get_running_loop().create_task(self._work(), name="batcher")
+
+    async def drain(self) -> None:
+        """Admit nothing more, finish what was admitted, and end."""
+        self._draining = True
+        self._arrived.set()
+        if self._worker is not None:
+            await self._worker
+
+    async def submit(self, key: Key, item: Item, deadline: float) -> Result:
+        """Wait for the item's result. Raises Overloaded or Draining at once, DeadlineExceeded at the deadline, DeviceFailed."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._draining:
+            raise Draining
+        if deadline <= now:
+            raise DeadlineExceeded
+        batches_ahead = len(self._rows) // self._max_batch + (self.busy_since is not None)
+        if len(self._rows) >= self._capacity or now + batches_ahead * self._batch_seconds > deadline:
+            raise Overloaded
+        row: Row[Key, Item, Result] = Row(key, item, now, deadline, loop.create_future())
+        self._rows.append(row)
+        self._arrived.set()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await row.answer
+        except TimeoutError:
+            raise DeadlineExceeded from None
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            batch = self._take()
+            if batch:
+                await self._judge(batch)
+            elif self._draining:
+                return
+            else:
+                self._arrived.clear()
+
+    def _take(self) -> list[Row[Key, Item, Result]]:
+        """The oldest row that is still wanted, and others of its key; everything else keeps its place."""
+        now = asyncio.get_running_loop().time()
+        batch: list[Row[Key, Item, Result]] = []
+        later: deque[Row[Key, Item, Result]] = deque()
+        while self._rows and len(batch) < self._max_batch:
+            row = self._rows.popleft()
+            if row.answer.done() or row.deadline <= now:
+                continue
+            (batch if not batch or row.key == batch[0].key else later).append(row)
+        self._rows.extendleft(reversed(later))
+        return batch
+
+    async def _judge(self, batch: list[Row[Key, Item, Result]]) -> None:
+        loop = asyncio.get_running_loop()
+        self.busy_since = began = loop.time()
+        failed = False
+        try:
+            results = await self._run(batch[0].key, [row.item for row in batch])
+        except Exception:  # noqa: BLE001 - whatever the device raises belongs to these rows, and must not end the worker
+            failed = True
+        finally:
+            self.busy_since = None
+        # Halving happens out here: inside the handler the traceback would keep the failed batch's tensors alive.
+        if failed and len(batch) > 1:
+            middle = len(batch) // 2
+            await self._judge(batch[:middle])
+            await self._judge(batch[middle:])
+            return
+        seconds = loop.time() - began
+        self._batch_seconds = seconds if self._batch_seconds == 0 else 0.8 * self._batch_seconds + 0.2 * seconds
+        self._on_batch(BatchDone(tuple(began - row.admitted for row in batch), seconds))
+        for index, row in enumerate(batch):
+            if row.answer.done():
+                continue
+            if failed:
+                row.answer.set_exception(DeviceFailed())
+            else:
+                row.answer.set_result(results[index])

@@ -1,0 +1,115 @@
+"""Owns the device and the live bundles: loads, swaps, and runs them. Everything that touches the device goes through here, one call at a time."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import bundle
+from models.bundle import Bundle
+from models.errors import BundleNotReady, Conflict
+from models.registry import Mode, Registry
+from models.score import Threshold, conformal_threshold
+
+
+@dataclass(frozen=True, eq=False)
+class LiveGuard:
+    """A bundle on the device, and what the operator decided about it. Never changed: a swap replaces the whole."""
+
+    name: str
+    version: int
+    bundle: Bundle
+    threshold: Threshold
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The judgement of one image by one live guard."""
+
+    label: int
+    confidence: float
+    score: float
+    expert: float
+    auxiliary: float
+    rejected: bool
+
+
+class Engine:
+    """Loading and activating may run in any thread; `run` in one at a time."""
+
+    def __init__(self, registry: Registry, device: torch.device) -> None:
+        self.registry, self.device = registry, device
+        self._live: dict[str, LiveGuard] = {}
+        self._swap = threading.Lock()
+
+    def live(self, guard: str) -> LiveGuard | None:
+        """The version of a guard that is being served."""
+        return self._live.get(guard)
+
+    def all_live(self) -> list[LiveGuard]:
+        return list(self._live.values())
+
+    def load_all(self) -> dict[str, BundleNotReady]:
+        """Load the active version of every guard; returns what could not be loaded and why. The rest serves."""
+        failed = {}
+        for name in self.registry.guards():
+            try:
+                self.refresh(name)
+            except BundleNotReady as problem:
+                failed[name] = problem
+        return failed
+
+    def activate(self, guard: str, version: int) -> LiveGuard:
+        """Load and verify a version, then make it the active one: what cannot be served never becomes active, and no request sees a gap."""
+        with self._swap:
+            loaded = self._load(guard, version)
+            self.registry.activate(guard, version)
+            self._live[guard] = self._with_state(loaded)
+            return self._live[guard]
+
+    def refresh(self, guard: str) -> LiveGuard | None:
+        """Take up the operator's present decisions about a guard; loads its active version where it is not the live one."""
+        with self._swap:
+            active = self.registry.state(guard).active
+            if active is None:
+                return None
+            live = self._live.get(guard)
+            if live is None or live.version != active:
+                live = self._load(guard, active)
+            self._live[guard] = self._with_state(live)
+            return self._live[guard]
+
+    def configure(self, guard: str, mode: Mode | None, target_fpr: float | None) -> None:
+        """Change what the operator decided. Raises FprUnreachable, before anything changes, where the validation scores cannot promise the target."""
+        if target_fpr is not None:
+            live = self._live.get(guard)
+            if live is None:
+                raise Conflict("The target FPR can be changed while a version is active; activate one first.")
+            conformal_threshold(live.bundle.validation_scores, target_fpr)
+        self.registry.configure(guard, mode=mode, target_fpr=target_fpr)
+        self.refresh(guard)
+
+    def run(self, live: LiveGuard, pixels: list[Tensor]) -> list[Outcome]:
+        """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""
+        judged = live.bundle.guard(torch.stack(pixels).to(self.device, non_blocking=True)).cpu()
+        columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), judged.expert.tolist(), judged.auxiliary.tolist())
+        return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
+
+    def _load(self, guard: str, version: int) -> LiveGuard:
+        loaded = bundle.read(self.registry.folder(guard, version))
+        loaded.guard.to(self.device)
+        size = loaded.description.preprocessing.size
+        for images in (1, 8):  # the first forwards of a network are slow: not a caller's time
+            loaded.guard(torch.zeros(images, 3, size, size, dtype=torch.uint8, device=self.device))
+        return LiveGuard(guard, version, loaded, loaded.description.threshold, "enforce")
+
+    def _with_state(self, live: LiveGuard) -> LiveGuard:
+        state = self.registry.state(live.name)
+        threshold = live.bundle.description.threshold
+        if state.target_fpr is not None and state.target_fpr != threshold.target_fpr:
+            threshold = conformal_threshold(live.bundle.validation_scores, state.target_fpr)
+        return LiveGuard(live.name, live.version, live.bundle, threshold, state.mode)

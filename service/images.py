@@ -1,0 +1,76 @@
+"""Owns the decoding of posted images: off the event loop, under limits, with a bounded number at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+from starlette.requests import Request
+from torch import Tensor
+
+from models.preprocessing import Preprocessing, decode
+from service.bodies import Sink, media_type, read, read_multipart
+from service.errors import BodyEmpty, ImageMissing, MediaType, OneImageOnly, Overloaded, TooManyImages, UnexpectedField
+
+
+class Images:
+    """Reads image bodies and turns them into the suspect's pixels."""
+
+    def __init__(self, *, image_bytes: int, batch_images: int, workers: int, pending: int) -> None:
+        self._image_bytes, self._batch_images, self._pending = image_bytes, batch_images, pending
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._decoding = 0
+
+    async def one(self, request: Request) -> bytes:
+        """The image of a predict call: the body itself, or the multipart part `image`."""
+        kind = media_type(request)
+        if kind == "multipart/form-data":
+            return (await self._parts(request, 1))[0]
+        if kind and not kind.startswith("image/") and kind != "application/octet-stream":
+            raise MediaType("Send the image itself with its type (`Content-Type: image/png`), or multipart/form-data with a part named `image`.")
+        body = await read(request, self._image_bytes)
+        if not body:
+            raise BodyEmpty
+        return body
+
+    async def several(self, request: Request) -> list[bytes]:
+        """The images of a predict-batch call: the multipart parts named `image`, in order."""
+        if media_type(request) != "multipart/form-data":
+            raise MediaType("Send multipart/form-data with one part named `image` for each image.")
+        return await self._parts(request, self._batch_images)
+
+    async def pixels(self, data: bytes, preprocessing: Preprocessing) -> Tensor:
+        """uint8 [3, size, size]. Raises ImageProblem, or Overloaded where too many images wait to be decoded."""
+        if self._decoding >= self._pending:
+            raise Overloaded
+        self._decoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: preprocessing.pixels(decode(data)))
+        finally:
+            self._decoding -= 1
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _parts(self, request: Request, most: int) -> list[bytes]:
+        found: list[io.BytesIO] = []
+
+        def open_part(name: str, is_file: bool) -> Sink:
+            if name != "image":
+                raise UnexpectedField("This call takes file parts named `image` and nothing else.")
+            if not is_file:
+                raise ImageMissing("The part `image` is text; send it as a file.")
+            if len(found) == most:
+                raise OneImageOnly if most == 1 else TooManyImages(f"One request takes at most {most} images.")
+            found.append(io.BytesIO())
+            return found[-1]
+
+        overhead = 8 * 1024 * (most + 1)
+        await read_multipart(request, open_part, cap=self._image_bytes * most + overhead, parts=most + 2, blocking=False)
+        if not found:
+            raise ImageMissing
+        images = [sink.getvalue() for sink in found]
+        if most == 1 and not images[0]:
+            raise BodyEmpty
+        return images

@@ -1,0 +1,228 @@
+"""Owns the SQLite file of calibration jobs. States are data; a transition is one guarded UPDATE that raises where no row was in the right state.
+
+One thread does all of the database's work: SQLite wants one writer, and a slow disk must not hold up the event loop. A job that was acknowledged
+is on disk (WAL, synchronous FULL).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from models.durable import storage_errors
+from models.errors import Conflict, NotFound
+from service.errors import IdempotencyConflict, JobsUnavailable, QueueFull
+
+State = Literal[
+    "queued",  # accepted; its files are complete on disk
+    "running",  # a child process works on it
+    "succeeded",  # a bundle was published
+    "failed",  # ended with a problem, which it keeps
+    "cancelled",  # ended by an operator
+]
+ENDED = ("succeeded", "failed", "cancelled")
+MOST_ATTEMPTS = 2  # a job that was running when the server died twice is not tried again: it may be what killed it
+T = TypeVar("T")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY,
+    sequence INTEGER NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    config TEXT NOT NULL,
+    created REAL NOT NULL,
+    started REAL,
+    ended REAL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    outcome TEXT,                          -- JSON: the result of a success, the problem of a failure
+    idempotency_key TEXT UNIQUE,
+    digest TEXT NOT NULL                   -- SHA-256 of what was uploaded, to tell a repeated request from another under its key
+);
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A calibration job as the database has it. Times are Unix seconds."""
+
+    id: str
+    state: State
+    config: dict[str, Any]
+    created: float
+    started: float | None
+    ended: float | None
+    attempts: int
+    outcome: dict[str, Any] | None
+
+
+class Jobs:
+    """The job store. All methods are coroutines, and raise JobsUnavailable where the database cannot be used."""
+
+    def __init__(self, path: Path, most_queued: int) -> None:
+        self._path, self._most_queued = path, most_queued
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jobs")
+        self._connection: sqlite3.Connection | None = None
+        self.changed = asyncio.Event()  # set whenever a job may have become ready to run
+
+    async def open(self) -> None:
+        await self._do(lambda _: None)
+
+    async def close(self) -> None:
+        def close(connection: sqlite3.Connection) -> None:
+            connection.close()
+            self._connection = None
+
+        await self._do(close)
+        self._thread.shutdown()
+
+    async def add(self, job_id: str, config: dict[str, Any], digest: str, key: str | None) -> Job:
+        """Acknowledge a job durably. With a known Idempotency-Key, the job it made, or IdempotencyConflict; raises QueueFull."""
+
+        def add(connection: sqlite3.Connection) -> str:
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                if key is not None:
+                    known = connection.execute("SELECT id, digest FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+                    if known is not None:
+                        if known["digest"] != digest:
+                            raise IdempotencyConflict
+                        return str(known["id"])
+                waiting = connection.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
+                if waiting >= self._most_queued:
+                    raise QueueFull
+                connection.execute(
+                    "INSERT INTO jobs (id, sequence, state, config, created, idempotency_key, digest) "
+                    "VALUES (?, (SELECT coalesce(max(sequence), 0) + 1 FROM jobs), 'queued', ?, ?, ?, ?)",
+                    (job_id, json.dumps(config), time.time(), key, digest),
+                )
+                return job_id
+
+        found = await self._do(add)
+        self.changed.set()
+        return await self.get(found)
+
+    async def get(self, job_id: str) -> Job:
+        """Raises NotFound."""
+
+        def get(connection: sqlite3.Connection) -> Job:
+            row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            if row is None:
+                raise NotFound("There is no such calibration.")
+            return _job(row)
+
+        return await self._do(get)
+
+    async def recent(self, most: int) -> list[Job]:
+        """The newest jobs, newest first."""
+        return await self._do(lambda connection: [_job(row) for row in connection.execute("SELECT * FROM jobs ORDER BY sequence DESC LIMIT ?", (most,))])
+
+    async def room(self) -> None:
+        """Raises QueueFull where `add` would: asked before an upload is read."""
+
+        def room(connection: sqlite3.Connection) -> None:
+            if connection.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0] >= self._most_queued:
+                raise QueueFull
+
+        await self._do(room)
+
+    async def claim(self) -> Job | None:
+        """The oldest queued job, now running; None where nothing waits."""
+
+        def claim(connection: sqlite3.Connection) -> Job | None:
+            with connection:
+                row = connection.execute(
+                    "UPDATE jobs SET state = 'running', started = ?, attempts = attempts + 1 "
+                    "WHERE sequence = (SELECT min(sequence) FROM jobs WHERE state = 'queued') AND state = 'queued' RETURNING *",
+                    (time.time(),),
+                ).fetchone()
+                return None if row is None else _job(row)
+
+        return await self._do(claim)
+
+    async def end(self, job_id: str, state: Literal["succeeded", "failed"], outcome: dict[str, Any]) -> None:
+        """running -> succeeded or failed. Raises Conflict where the job was not running (it may have been cancelled meanwhile)."""
+        await self._transition(job_id, ("running",), state, outcome)
+
+    async def cancel(self, job_id: str) -> State:
+        """queued or running -> cancelled; returns the state before. Raises NotFound, or Conflict where the job has ended."""
+        before = (await self.get(job_id)).state
+        await self._transition(job_id, ("queued", "running"), "cancelled", None)
+        return before
+
+    async def requeue(self, job_id: str) -> None:
+        """running -> queued, not counted as an attempt: the server is shutting down."""
+
+        def requeue(connection: sqlite3.Connection) -> None:
+            with connection:
+                connection.execute("UPDATE jobs SET state = 'queued', attempts = attempts - 1, started = NULL WHERE id = ? AND state = 'running'", (job_id,))
+
+        await self._do(requeue)
+
+    async def recover(self) -> list[Job]:
+        """What was running when the last server ended: queued again, or failed after too many attempts. Returns those jobs as they were."""
+
+        def recover(connection: sqlite3.Connection) -> list[Job]:
+            problem = {"status": 500, "code": "internal", "title": "Internal error", "detail": "The server ended twice while this calibration ran."}
+            with connection:
+                stale = [_job(row) for row in connection.execute("SELECT * FROM jobs WHERE state = 'running'")]
+                connection.execute(
+                    "UPDATE jobs SET state = 'failed', ended = ?, outcome = ? WHERE state = 'running' AND attempts >= ?",
+                    (time.time(), json.dumps(problem), MOST_ATTEMPTS),
+                )
+                connection.execute("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
+                return stale
+
+        return await self._do(recover)
+
+    async def adopt(self, job_id: str, outcome: dict[str, Any]) -> None:
+        """To succeeded from wherever recovery put it: its bundle is there, only the note of it was lost."""
+        await self._transition(job_id, ("queued", "running", "failed"), "succeeded", outcome)
+
+    async def _transition(self, job_id: str, allowed: tuple[State, ...], state: State, outcome: dict[str, Any] | None) -> None:
+        def transition(connection: sqlite3.Connection) -> None:
+            marks = ", ".join("?" * len(allowed))
+            with connection:
+                done = connection.execute(
+                    f"UPDATE jobs SET state = ?, ended = ?, outcome = ? WHERE id = ? AND state IN ({marks})",  # noqa: S608 - marks are question marks
+                    (state, time.time(), None if outcome is None else json.dumps(outcome), job_id, *allowed),
+                )
+                if done.rowcount == 0:
+                    raise Conflict("The calibration has already ended.")
+
+        await self._do(transition)
+
+    async def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        def run() -> T:
+            try:
+                with storage_errors():
+                    if self._connection is None:
+                        self._connection = _connect(self._path)
+                    return work(self._connection)
+            except sqlite3.Error as error:
+                if self._connection is not None:
+                    self._connection.close()
+                    self._connection = None
+                raise JobsUnavailable from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.executescript(_SCHEMA)
+    return connection
+
+
+def _job(row: sqlite3.Row) -> Job:
+    outcome = None if row["outcome"] is None else json.loads(row["outcome"])
+    return Job(row["id"], row["state"], json.loads(row["config"]), row["created"], row["started"], row["ended"], row["attempts"], outcome)

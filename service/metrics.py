@@ -1,0 +1,54 @@
+"""Everything that Prometheus sees. Base units; every label comes from a closed set, so that no request can add series without bound.
+
+The rejection rate of a guard:
+    sum by (guard) (rate(badexpert_verdicts_total{verdict="rejected"}[5m])) / sum by (guard) (rate(badexpert_verdicts_total[5m]))
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+MOST_CLASSES = 100  # rejections are counted by predicted class up to here; classes beyond share the label "other"
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_MARGINS = (-20, -10, -5, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 5, 10, 20)
+
+
+class Metrics:
+    """One registry of metrics; tests make their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.verdicts = Counter("badexpert_verdicts", "Images judged.", ["guard", "verdict"], registry=r)
+        self.rejections = Counter("badexpert_rejections", "Images rejected, by the class they would have got.", ["guard", "predicted_class"], registry=r)
+        self.score = Histogram("badexpert_score", "Natural logarithm of score over threshold; below 0 is rejected.", ["guard"], buckets=_MARGINS, registry=r)
+        self.threshold = Gauge("badexpert_threshold", "Natural logarithm of the threshold in force.", ["guard"], registry=r)
+        self.target_fpr = Gauge("badexpert_target_fpr_ratio", "Promised share of clean images that are rejected.", ["guard"], registry=r)
+        self.guard_info = Gauge("badexpert_guard_info", "1 for the version being served.", ["guard", "version", "bundle_id", "mode"], registry=r)
+        self.requests = Counter("badexpert_http_requests", "Requests answered.", ["method", "route", "status"], registry=r)
+        self.request_seconds = Histogram(
+            "badexpert_http_request_seconds", "From the request's head to the end of the answer.", ["method", "route"], buckets=_SECONDS, registry=r
+        )
+        self.stage_seconds = Histogram(
+            "badexpert_stage_seconds", "Time of an image in each stage: decode, queue, forward.", ["stage"], buckets=_SECONDS, registry=r
+        )
+        self.batch_images = Histogram("badexpert_batch_images", "Images in a forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), registry=r)
+        self.queue_images = Gauge("badexpert_queue_images", "Images waiting for the device.", registry=r)
+        self.queue_capacity = Gauge("badexpert_queue_capacity_images", "Images that may wait.", registry=r)
+        self.calibrations = Counter("badexpert_calibrations", "Calibrations ended.", ["outcome"], registry=r)
+        self.calibrations_running = Gauge("badexpert_calibrations_running", "Calibrations running.", registry=r)
+        self.ready = Gauge("badexpert_ready", "1 when ready for traffic.", registry=r)
+
+    def render(self) -> bytes:
+        """The exposition, text format 0.0.4."""
+        return generate_latest(self.registry)
+
+
+def _names() -> frozenset[str]:
+    found = set()
+    for family in Metrics().registry.collect():
+        found.add(f"{family.name}_total" if family.type == "counter" else family.name)
+    return frozenset(found)
+
+
+NAMES = _names()

@@ -1,0 +1,220 @@
+"""The calls of the predict scope: judge images, and tell what guards there are.
+
+Fail closed: a prediction leaves only with a finite score, and everything in an answer comes from the one bundle that the row was prepared for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from models.errors import NotFound, Problem, ScoreNotFinite
+from service.auth import Authenticator
+from service.batcher import Batcher
+from service.engine import Engine, LiveGuard, Outcome
+from service.errors import DeadlineInvalid, Forbidden, NoActiveBundle
+from service.images import Images
+from service.metrics import MOST_CLASSES, Metrics
+from service.views import GuardList, GuardView, GuardViews
+
+ImageBatcher = Batcher[LiveGuard, Tensor, Outcome]
+
+
+class Prediction(BaseModel):
+    """What the suspect says."""
+
+    label: int = Field(description="class index")
+    class_name: str
+    confidence: float = Field(description="the suspect's softmax of this class")
+
+
+class Explanation(BaseModel):
+    """Why: an oracle for an attacker, so only for callers of the admin scope who ask for it."""
+
+    score: float = Field(description="natural logarithm of the score; below the threshold is rejected")
+    threshold: float
+    expert_confidence: float
+    auxiliary_confidence: float
+    would_be: Prediction = Field(description="what the suspect says, whatever the verdict")
+
+
+class Verdict(BaseModel):
+    """The answer to one image. `prediction` is null for a rejected image, so that a client that looks only there fails safe."""
+
+    verdict: Literal["accepted", "rejected"]
+    prediction: Prediction | None
+    guard: str
+    version: int
+    bundle_id: str
+    mode: Literal["enforce", "shadow"] = Field(description="in shadow mode rejected images keep their prediction")
+    request_id: str
+    explanation: Explanation | None = None
+
+
+class BatchItemProblem(BaseModel):
+    """An image of a batch that could not be judged; the others are not affected."""
+
+    status: int
+    code: str
+    title: str
+    detail: str
+
+
+class BatchItem(BaseModel):
+    """One image of a batch: exactly one of the two is there."""
+
+    result: Verdict | None = None
+    problem: BatchItemProblem | None = None
+
+
+class BatchVerdicts(BaseModel):
+    """The answers to a batch, in the order of its images."""
+
+    items: list[BatchItem]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """From bytes to a verdict."""
+
+    engine: Engine
+    images: Images
+    batcher: ImageBatcher
+    metrics: Metrics
+    deadline_seconds: float
+
+    def live(self, guard: str) -> LiveGuard:
+        """The guard as it is being served now. Raises NotFound or NoActiveBundle."""
+        live = self.engine.live(guard)
+        if live is None:
+            raise NoActiveBundle if self.engine.registry.versions(guard) else NotFound("There is no such guard.")
+        return live
+
+    def deadline(self, request: Request) -> float:
+        """The request's deadline by the event loop's clock."""
+        seconds = self.deadline_seconds
+        wanted = request.headers.get("x-deadline-ms")
+        if wanted is not None:
+            if not wanted.lstrip("-").isdecimal() or len(wanted) > 20:
+                raise DeadlineInvalid
+            seconds = min(seconds, int(wanted) / 1000)
+        return asyncio.get_running_loop().time() + seconds
+
+    async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool) -> Verdict:
+        """Raises a Problem wherever no complete, finite judgement was reached in time."""
+        began = time.perf_counter()
+        pixels = await self.images.pixels(data, live.bundle.description.preprocessing)
+        self.metrics.stage_seconds.labels("decode").observe(time.perf_counter() - began)
+        outcome = await self.batcher.submit(live, pixels, deadline)
+        if not (math.isfinite(outcome.score) and math.isfinite(outcome.confidence)):
+            raise ScoreNotFinite
+        return self._verdict(live, outcome, request_id, explain)
+
+    def _verdict(self, live: LiveGuard, outcome: Outcome, request_id: str, explain: bool) -> Verdict:
+        description = live.bundle.description
+        verdict: Literal["accepted", "rejected"] = "rejected" if outcome.rejected else "accepted"
+        self.metrics.verdicts.labels(live.name, verdict).inc()
+        self.metrics.score.labels(live.name).observe(outcome.score - live.threshold.value)
+        if outcome.rejected:
+            self.metrics.rejections.labels(live.name, str(outcome.label) if outcome.label < MOST_CLASSES else "other").inc()
+        prediction = Prediction(label=outcome.label, class_name=description.class_names[outcome.label], confidence=outcome.confidence)
+        explanation = Explanation(
+            score=outcome.score,
+            threshold=live.threshold.value,
+            expert_confidence=outcome.expert,
+            auxiliary_confidence=outcome.auxiliary,
+            would_be=prediction,
+        )
+        return Verdict(
+            verdict=verdict,
+            prediction=prediction if verdict == "accepted" or live.mode == "shadow" else None,
+            guard=live.name,
+            version=live.version,
+            bundle_id=live.bundle.bundle_id,
+            mode=live.mode,
+            request_id=request_id,
+            explanation=explanation if explain else None,
+        )
+
+
+_IMAGE = {"schema": {"type": "string", "format": "binary"}}
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/png": _IMAGE,
+            "image/jpeg": _IMAGE,
+            "image/webp": _IMAGE,
+            "multipart/form-data": {"schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}, "required": ["image"]}},
+        },
+    }
+}
+_BATCH_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                    "required": ["image"],
+                }
+            }
+        },
+    }
+}
+Explain = Annotated[bool, Query(description="add score and confidences; admin scope")]
+
+
+def router(judge: Judge, authenticator: Authenticator, views: GuardViews) -> APIRouter:
+    """The routes of the predict scope."""
+    routes = APIRouter(prefix="/v1/guards", tags=["predict"])
+
+    def authorise(request: Request, explain: bool) -> None:
+        scopes = authenticator.require(request, "predict")
+        if explain and "admin" not in scopes:
+            raise Forbidden("Scores are shown to the admin scope only: they would be an oracle for an attacker.")
+
+    @routes.post("/{guard}/predict", openapi_extra=_BODY)
+    async def predict(request: Request, guard: str, explain: Explain = False) -> Verdict:
+        """Judge one image: the body itself, or a multipart part named `image`."""
+        authorise(request, explain)
+        live = judge.live(guard)
+        deadline = judge.deadline(request)
+        return await judge.judge(live, await judge.images.one(request), deadline, request.state.request_id, explain)
+
+    @routes.post("/{guard}/predict-batch", openapi_extra=_BATCH_BODY)
+    async def predict_batch(request: Request, guard: str, explain: Explain = False) -> BatchVerdicts:
+        """Judge several images, a verdict or a problem each, in order. All are judged by the same bundle."""
+        authorise(request, explain)
+        live = judge.live(guard)
+        deadline = judge.deadline(request)
+
+        async def item(data: bytes) -> BatchItem:
+            try:
+                return BatchItem(result=await judge.judge(live, data, deadline, request.state.request_id, explain))
+            except Problem as problem:
+                return BatchItem(problem=BatchItemProblem(status=problem.status, code=problem.code, title=problem.title, detail=problem.detail))
+
+        return BatchVerdicts(items=list(await asyncio.gather(*map(item, await judge.images.several(request)))))
+
+    @routes.get("")
+    async def guards(request: Request) -> GuardList:
+        """All guards, their versions, and what each promises."""
+        authenticator.require(request, "predict")
+        return GuardList(guards=await asyncio.to_thread(views.all))
+
+    @routes.get("/{guard}")
+    async def guard(request: Request, guard: str) -> GuardView:
+        """One guard, its versions, and what each promises."""
+        authenticator.require(request, "predict")
+        return await asyncio.to_thread(views.one, guard)
+
+    return routes

@@ -1,0 +1,74 @@
+"""All settings of the server, read once at the entry point from options and from environment variables that begin with BADEXPERT_."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MiB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Each field is documented in docs/reference/settings.md; a test walks that table."""
+
+    model_config = SettingsConfigDict(env_prefix="BADEXPERT_", extra="forbid", frozen=True)
+
+    data_dir: Path = Field(Path("var"), description="where guards, jobs and uploads are kept")
+    host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs tokens")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the model; by default one a core")
+
+    predict_token: SecretStr | None = Field(None, description="bearer token of the predict scope")
+    admin_token: SecretStr | None = Field(None, description="bearer token of the admin scope, which includes the other two")
+    metrics_token: SecretStr | None = Field(None, description="bearer token of the metrics scope")
+    predict_token_file: Path | None = Field(None, description="file with the predict token; surrounding white space is trimmed")
+    admin_token_file: Path | None = Field(None, description="file with the admin token")
+    metrics_token_file: Path | None = Field(None, description="file with the metrics token")
+
+    image_bytes: int = Field(10 * MiB, ge=1024, description="largest image body")
+    batch_images: int = Field(64, ge=1, le=1024, description="most images in one predict-batch request")
+    upload_bytes: int = Field(4096 * MiB, ge=MiB, description="largest file in a calibration upload")
+    json_bytes: int = Field(64 * 1024, ge=1024, description="largest JSON body")
+
+    queue_images: int = Field(512, ge=1, description="images that may wait for the device; more are refused with 429")
+    max_batch: int = Field(64, ge=1, le=4096, description="most images in one forward pass")
+    deadline_seconds: float = Field(10.0, gt=0, le=600, description="an image not judged by then is answered 504; X-Deadline-Ms can only shorten it")
+    drain_seconds: float = Field(20.0, ge=0, le=600, description="time for requests in flight after SIGTERM")
+    queued_jobs: int = Field(8, ge=1, description="calibrations that may wait")
+    docs: bool = Field(True, description="serve /docs and /openapi.json")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for scope in ("predict", "admin", "metrics"):
+            self.token(scope)
+        if not self.is_loopback and not (self.token("predict") and self.token("admin")):
+            raise ValueError(f"listening on {self.host} needs tokens: set BADEXPERT_PREDICT_TOKEN_FILE and BADEXPERT_ADMIN_TOKEN_FILE, or listen on 127.0.0.1")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def token(self, scope: str) -> str | None:
+        """The token of a scope, from the variable or the file; None where neither is set. Raises ValueError for an empty or unreadable one."""
+        value: SecretStr | None = getattr(self, f"{scope}_token")
+        file: Path | None = getattr(self, f"{scope}_token_file")
+        if value is None and file is None:
+            return None
+        if value is not None and file is not None:
+            raise ValueError(f"set either the {scope} token or its file, not both")
+        try:
+            text = (value.get_secret_value() if value is not None else file.read_text() if file is not None else "").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the {scope} token file cannot be read: {error}") from error
+        if len(text) < 8:
+            raise ValueError(f"the {scope} token is shorter than 8 characters")
+        return text

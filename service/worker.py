@@ -1,0 +1,253 @@
+"""Runs calibration jobs, one at a time, each as a child process; owns that process and the upload folders.
+
+The child is `python -m calibration`, in a session of its own, so that nothing it started outlives it. What it says on standard output becomes the
+job's progress; its standard error goes to the log. Files of a job are removed when it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from models import bundle
+from models.errors import CheckpointInvalid, Conflict, OutOfMemory, Problem, from_code
+from models.registry import Registry
+from service.errors import JobsUnavailable
+from service.jobs import ENDED, Job, Jobs
+from service.metrics import Metrics
+
+log = structlog.get_logger()
+STOP_SECONDS = 5.0  # what a child gets to end by itself
+CHECK_SECONDS = 300.0
+LONGEST_LINE = 8 * 1024 * 1024  # the result line carries the whole report
+
+
+class Worker:
+    """One per server. `uploads` holds a folder a job, named by its id."""
+
+    def __init__(self, jobs: Jobs, registry: Registry, data_dir: Path, device: str, metrics: Metrics) -> None:
+        self._jobs, self._registry, self._data_dir, self._device, self._metrics = jobs, registry, data_dir, device, metrics
+        self.uploads = data_dir / "uploads"
+        self._progress: dict[str, dict[str, Any]] = {}
+        self._child: asyncio.subprocess.Process | None = None
+        self._current: str | None = None
+        self._moved = asyncio.Condition()
+        self._checks = asyncio.Semaphore(2)
+        self._released = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take up what the last server left, and begin to work."""
+        self.uploads.mkdir(parents=True, exist_ok=True)
+        for stale in await self._jobs.recover():
+            adopted = self._published_by(stale)
+            if adopted is not None:
+                await self._adopt(stale, adopted)
+        known = {job.id for job in await self._jobs.recent(10_000) if job.state not in ENDED}
+        for folder in self.uploads.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._registry.collect()
+        self._task = asyncio.get_running_loop().create_task(self._work(), name="worker")
+
+    async def stop(self) -> None:
+        """End the running child and put its job back into the queue."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        if self._current is not None:
+            job_id = self._current
+            await self._stop_child()
+            with suppress(JobsUnavailable):
+                await self._jobs.requeue(job_id)
+
+    async def check(self, job_id: str, config: dict[str, Any]) -> None:
+        """Read the uploaded files in a child, as the calibration will; raises the Problem that it finds in them."""
+        async with self._checks:
+            child = await self._spawn(job_id, config, "--check-only")
+            try:
+                output, errors = await asyncio.wait_for(child.communicate(), CHECK_SECONDS)
+            except TimeoutError:
+                raise CheckpointInvalid(f"The files could not be read within {CHECK_SECONDS:.0f} seconds.") from None
+            finally:
+                _signal(child, signal.SIGKILL)
+        if child.returncode == 0:
+            return
+        for line in errors.decode("utf-8", "replace").splitlines():
+            log.warning("check_stderr", job=job_id, line=line[:2000])
+        try:
+            event = json.loads(output.splitlines()[-1])
+            raise from_code(event["code"], event["detail"])
+        except (IndexError, ValueError, KeyError):
+            raise OutOfMemory() if child.returncode == -signal.SIGKILL else Problem() from None
+
+    async def cancel(self, job_id: str) -> None:
+        """End a queued or running job for good. Raises NotFound or Conflict."""
+        before = await self._jobs.cancel(job_id)
+        if before == "running" and self._current == job_id:
+            await self._stop_child()
+        elif before == "queued":
+            self._forget(job_id)
+        self._metrics.calibrations.labels("cancelled").inc()
+        await self._notify()
+
+    def progress(self, job_id: str) -> dict[str, Any] | None:
+        """The last thing a running job said: stage, fraction, eta_seconds."""
+        return self._progress.get(job_id)
+
+    async def follow(self, job_id: str) -> AsyncIterator[tuple[Job, dict[str, Any] | None]]:
+        """The job and its progress now and after every change, until it has ended. Raises NotFound."""
+        last: tuple[Any, ...] | None = None
+        while True:
+            job = await self._jobs.get(job_id)
+            state = (job.state, self.progress(job_id))
+            if state != last:
+                yield job, state[1]
+                last = state
+            if job.state in ENDED or self._released:
+                return
+            async with self._moved:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._moved.wait(), 5.0)
+
+    def release_followers(self) -> None:
+        """End all `follow` streams soon: the server is about to shut down."""
+        self._released = True
+        asyncio.get_running_loop().create_task(self._notify())
+
+    async def _work(self) -> None:
+        while True:
+            try:
+                self._jobs.changed.clear()
+                job = await self._jobs.claim()
+            except JobsUnavailable:
+                await asyncio.sleep(1.0)
+                continue
+            if job is None:
+                await self._jobs.changed.wait()
+                continue
+            await self._run(job)
+
+    async def _run(self, job: Job) -> None:
+        self._current = job.id
+        self._metrics.calibrations_running.set(1)
+        log.info("calibration_started", job=job.id, attempt=job.attempts)
+        self._child = await self._spawn(job.id, job.config)
+        errors = asyncio.get_running_loop().create_task(self._log_errors(self._child, job.id))
+        last = await self._listen(self._child, job.id)
+        await self._child.wait()
+        await errors
+        await self._finish(job, last, self._child.returncode)
+        self._child = self._current = None
+        self._metrics.calibrations_running.set(0)
+        await self._notify()
+
+    async def _spawn(self, job_id: str, config: dict[str, Any], *options: str) -> asyncio.subprocess.Process:
+        folder = self.uploads / job_id
+        command = [sys.executable, "-m", "calibration", *options, "--config", json.dumps(config)]
+        command += ["--checkpoint", str(folder / "checkpoint"), "--clean-set", str(folder / "clean_set")]
+        if (folder / "validation_set").exists():
+            command += ["--validation-set", str(folder / "validation_set")]
+        command += ["--data-dir", str(self._data_dir), "--device", self._device, "--job", job_id]
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            limit=LONGEST_LINE,
+            env=_environment(),
+        )
+
+    async def _listen(self, child: asyncio.subprocess.Process, job_id: str) -> dict[str, Any] | None:
+        """Keep the progress up to date; returns the child's last event if it was not progress."""
+        assert child.stdout is not None  # asked for above
+        last: dict[str, Any] | None = None
+        async for line in child.stdout:
+            with suppress(ValueError):
+                event = json.loads(line)
+                if event.get("event") == "progress":
+                    self._progress[job_id] = {key: event[key] for key in ("stage", "fraction", "eta_seconds")}
+                    await self._notify()
+                else:
+                    last = event
+        return last
+
+    async def _log_errors(self, child: asyncio.subprocess.Process, job_id: str) -> None:
+        assert child.stderr is not None  # asked for above
+        async for line in child.stderr:
+            log.warning("calibration_stderr", job=job_id, line=line.decode("utf-8", "replace").rstrip()[:2000])
+
+    async def _finish(self, job: Job, last: dict[str, Any] | None, status: int | None) -> None:
+        self._progress.pop(job.id, None)
+        if status == 0 and last is not None and last.get("event") == "result":
+            state, outcome = "succeeded", {key: last[key] for key in ("guard", "version", "bundle_id", "report")}
+        elif last is not None and last.get("event") == "problem":
+            state, outcome = "failed", {key: last[key] for key in ("status", "code", "title", "detail")}
+        else:
+            # The kernel's out-of-memory killer leaves no last word but this signal.
+            problem: Problem = OutOfMemory() if status == -signal.SIGKILL else Problem("The calibration process ended unexpectedly; see the server's log.")
+            state, outcome = "failed", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail}
+        try:
+            await self._jobs.end(job.id, "succeeded" if state == "succeeded" else "failed", outcome)
+        except Conflict:  # cancelled meanwhile: that stands
+            state = "cancelled"
+        else:
+            self._metrics.calibrations.labels(state).inc()
+        log.info("calibration_ended", job=job.id, state=state, code=outcome.get("code"))
+        self._forget(job.id)
+
+    async def _stop_child(self) -> None:
+        child = self._child
+        if child is None or child.returncode is not None:
+            return
+        _signal(child, signal.SIGTERM)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(child.wait(), STOP_SECONDS)
+        _signal(child, signal.SIGKILL)  # the group: what the child itself started, too
+        await child.wait()
+
+    def _published_by(self, job: Job) -> tuple[int, str] | None:
+        """The version a job published before its server could write that down."""
+        guard = str(job.config.get("name"))
+        for version in reversed(self._registry.versions(guard)):
+            with suppress(Problem):
+                bundle_id, _, record = bundle.describe(self._registry.folder(guard, version))
+                if record.get("job") == job.id:
+                    return version, bundle_id
+        return None
+
+    async def _adopt(self, job: Job, published: tuple[int, str]) -> None:
+        version, bundle_id = published
+        guard = job.config["name"]
+        report = json.loads((self._registry.folder(guard, version) / "report.json").read_bytes())
+        await self._jobs.adopt(job.id, {"guard": guard, "version": version, "bundle_id": bundle_id, "report": report})
+
+    def _forget(self, job_id: str) -> None:
+        shutil.rmtree(self.uploads / job_id, ignore_errors=True)
+
+    async def _notify(self) -> None:
+        async with self._moved:
+            self._moved.notify_all()
+
+
+def _environment() -> dict[str, str]:
+    """The child's environment: ours without the tokens."""
+    return {key: value for key, value in os.environ.items() if not (key.startswith("BADEXPERT_") and "TOKEN" in key)}
+
+
+def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)

@@ -1,0 +1,1 @@
+"""How good and how fast the guard is: attacks, suspects, evaluation. Nothing imports this package."""

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from models.architectures import ARCHITECTURES
 from models.errors import Problem
 from models.registry import check_name
 
@@ -22,9 +21,12 @@ def _guard_name(name: str) -> str:
 
 
 def _architecture(name: str) -> str:
-    if name not in ARCHITECTURES:
-        raise ValueError(f"known are: {', '.join(ARCHITECTURES)}")
-    return name
+    from models import architectures  # imports torch, which a command line that only starts other processes can do without
+
+    try:
+        return architectures.get(name).name
+    except Problem as problem:
+        raise ValueError(problem.detail) from None
 
 
 class CalibrationConfig(BaseModel):

@@ -119,7 +119,7 @@ def train_tails(
     `held_back` has fallen to `stop_at`: soon enough not to lose the backdoor as well.
     """
     device = fit.labels.device
-    trunk, _ = split(suspect, cut)
+    trunk = split(suspect, cut)[0]
     tails = [tail_copy(suspect, cut) for _ in range(count)]
     maps = [derangement(num_classes, generator(seed, "derangement", index)).to(device) for index in range(count)]
     optimizers = [torch.optim.Adam(tail.parameters(), lr) for tail in tails]

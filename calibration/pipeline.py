@@ -28,10 +28,14 @@ from calibration.split import Parts, split
 from models import architectures, bundle, trunk
 from models.checkpoint import Checkpoint, load_weights, read_checkpoint
 from models.errors import SuspectModelUseless
-from models.guard import Guard, Judgement
+from models.guard import Cuts, Guard, Judgement, fuse
 from models.preprocessing import Preprocessing
 from models.registry import Registry
 from models.score import Threshold, conformal_threshold
+
+# Below this many operations an image, a second thread waits more than it works, and where another process wants the core it makes everything
+# several times slower. A fixed rule, not the present load: the number of threads decides the last bits of the weights.
+SMALL_OPERATIONS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class _Trained:
 
     experts: list[nn.Module]
     auxiliary: nn.Module
-    cut: str | None
+    cuts: Cuts | None
     c: float
     settings: dict[str, Any]
     expert_curves: list[Curve]
@@ -114,10 +118,12 @@ def calibrate(
     else:
         trained = _train_auto(config, material, fit, held_back, preprocessing, tracker)
     with tracker.stage("threshold"):
-        guard = Guard(material.suspect, trained.experts, trained.auxiliary, preprocessing, trained.cut, trained.c)
+        guard = Guard(material.suspect, trained.experts, trained.auxiliary, preprocessing, cuts=trained.cuts, c=trained.c)
+        if held_back is not None:
+            guard = fuse(guard, fit.pixels, fit.labels, held_back.pixels, material.num_classes)
         judged = guard.judge(validation.pixels)
         threshold = conformal_threshold(judged.score, config.target_fpr)
-        accuracies = _accuracies(guard, trained, validation, preprocessing, judged)
+        accuracies = _accuracies(guard, trained, validation, judged)
     with tracker.stage("report"):
         report = _report(config, material, finding.candidates, trained, threshold, accuracies, judged, tracker.seconds)
         html = render(report, judged, validation.labels.cpu(), threshold, trained.expert_curves, trained.auxiliary_curve)
@@ -129,9 +135,10 @@ def calibrate(
             preprocessing=preprocessing,
             preset=config.preset,
             seed=config.seed,
-            cut=trained.cut,
+            cuts=trained.cuts,
             experts=len(trained.experts),
             c=trained.c,
+            scales=None if guard.fusion is None else guard.fusion.scales,
             threshold=threshold,
         )
         reports = {"report.json": json.dumps(report, indent=1, allow_nan=False), "report.html": html}
@@ -150,6 +157,9 @@ def _read(config: CalibrationConfig, inputs: Inputs, device: torch.device, step:
     tensors = load_weights(checkpoint)
     fit = architectures.identify(tensors, config.architecture)
     suspect = architectures.instantiate(fit.architecture.name, fit.num_classes or 0, tensors).to(device)
+    size = fit.architecture.size
+    if device.type == "cpu" and trunk.operations(suspect, torch.zeros(1, 3, size, size)) < SMALL_OPERATIONS:
+        torch.set_num_threads(1)
     step(0.3)
     num_classes = fit.num_classes or 0
     clean = open_clean_set(inputs.clean_set).labelled_by(num_classes, config.classes)
@@ -213,7 +223,9 @@ def _train_auto(
 ) -> _Trained:
     recipe, suspect = AutoRecipe(), material.suspect
     with tracker.stage("expert") as step:
-        cut = trunk.choose_cut(suspect, preprocessing.normalise(fit.pixels[:1]), recipe.tail_share)
+        example = preprocessing.normalise(fit.pixels[:1])
+        cut = trunk.choose_cut(suspect, example, recipe.tail_share)
+        cuts = Cuts(experts=cut.name, features=trunk.feature_cut(suspect, example).name)
         tails, expert_curves = train_tails(
             suspect,
             cut.name,
@@ -247,19 +259,22 @@ def _train_auto(
             )
             if curve.accuracy[-1] >= keep:
                 break
-    settings = {**asdict(recipe), "auxiliary_lr": lr, "cut": cut.name, "cut_tail_share": round(cut.tail_share, 4)}
-    return _Trained(tails, auxiliary, cut.name, recipe.c, settings, expert_curves, curve)
+    settings = {**asdict(recipe), "auxiliary_lr": lr, "cuts": asdict(cuts), "tail_share_found": round(cut.tail_share, 4)}
+    return _Trained(tails, auxiliary, cuts, recipe.c, settings, expert_curves, curve)
 
 
-def _accuracies(guard: Guard, trained: _Trained, validation: LabelledPixels, preprocessing: Preprocessing, judged: Judgement) -> dict[str, Any]:
-    def whole(expert: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda inputs: expert(guard.trunk(inputs))
+def _accuracies(guard: Guard, trained: _Trained, validation: LabelledPixels, judged: Judgement) -> dict[str, Any]:
+    def right(network: nn.Module, batches: Sequence[Tensor]) -> float:
+        return (torch.cat([network(batch).argmax(1) for batch in batches]) == validation.labels).float().mean().item()
 
-    return {
-        "suspect": (judged.prediction == validation.labels.cpu()).float().mean().item(),
-        "experts": [accuracy(whole(expert), validation, preprocessing) for expert in trained.experts],
-        "auxiliary": accuracy(trained.auxiliary, validation, preprocessing),
-    }
+    with torch.inference_mode():
+        inputs = [guard.preprocessing.normalise(part) for part in validation.pixels.split(256)]
+        shared = [guard.parts[0](batch) for batch in inputs]
+        return {
+            "suspect": (judged.prediction == validation.labels.cpu()).float().mean().item(),
+            "experts": [right(expert, shared) for expert in trained.experts],
+            "auxiliary": right(trained.auxiliary, inputs),
+        }
 
 
 def _report(

@@ -12,7 +12,6 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as torchvision_models
 
 from models import cifar
 from models.errors import CheckpointMismatch, ConfigInvalid
@@ -31,18 +30,24 @@ class Architecture:
 
 
 def _torchvision(name: str) -> Architecture:
-    build = partial(torchvision_models.get_model, name, weights=None)
-    return Architecture(name, lambda num_classes: build(num_classes=num_classes), 224)
+    def build(num_classes: int) -> nn.Module:
+        from torchvision.models import get_model  # imports for seconds: not where only a CIFAR network is wanted
+
+        network: nn.Module = get_model(name, weights=None, num_classes=num_classes)
+        return network
+
+    return Architecture(name, build, 224)
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture
-    for architecture in (
+# By family: keys differ between families, so that the first family with a fit decides.
+_FAMILIES: tuple[tuple[Architecture, ...], ...] = (
+    (
         *(Architecture(f"resnet{depth}", partial(cifar.thin_resnet, depth), 32) for depth in (20, 32, 44, 56)),
         Architecture("resnet18_cifar", cifar.resnet18, 32),
-        *map(_torchvision, ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "vit_b_16")),
-    )
-}
+    ),
+    tuple(map(_torchvision, ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "vit_b_16"))),
+)
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for family in _FAMILIES for architecture in family}
 
 
 def get(name: str) -> Architecture:
@@ -104,8 +109,13 @@ def identify(tensors: Mapping[str, Tensor], name: str | None = None) -> Fit:
         if not result.exact:
             raise CheckpointMismatch(f"The checkpoint does not fit {name}: {_some(result.differing)}.")
         return result
-    fits = [fit(candidate, tensors) for candidate in ARCHITECTURES]
-    exact = [candidate for candidate in fits if candidate.exact]
+    fits: list[Fit] = []
+    exact: list[Fit] = []
+    for family in _FAMILIES:
+        fits += [fit(architecture.name, tensors) for architecture in family]
+        exact = [candidate for candidate in fits if candidate.exact]
+        if exact:
+            break
     if not exact:
         closest = min(fits, key=lambda candidate: len(candidate.differing))
         raise CheckpointMismatch(

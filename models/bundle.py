@@ -20,14 +20,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from models import architectures, trunk
+from models.distance import Distance
 from models.durable import sync_folder, write_file
 from models.errors import BundleNotReady
-from models.guard import Guard
+from models.guard import Cuts, Fusion, Guard
 from models.preprocessing import Preprocessing
-from models.score import Threshold
+from models.score import Scale, Threshold
 
 SCHEMA = 1
-_WEIGHTS = ("suspect", "experts", "auxiliary", "validation")
+_WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")
 _REPORTS = ("report.json", "report.html")
 
 
@@ -41,9 +42,10 @@ class Description:
     preprocessing: Preprocessing
     preset: str
     seed: int
-    cut: str | None
+    cuts: Cuts | None
     experts: int
     c: float
+    scales: tuple[Scale, Scale, Scale] | None  # of the fused score; None for the published one
     threshold: Threshold
 
     def to_json(self) -> dict[str, Any]:
@@ -53,7 +55,10 @@ class Description:
     def from_json(cls, value: dict[str, Any]) -> Description:
         threshold = Threshold(**{**value["threshold"], "interval": tuple(value["threshold"]["interval"])})
         preprocessing = Preprocessing.from_json(value["preprocessing"])
-        return cls(**{**value, "class_names": tuple(value["class_names"]), "preprocessing": preprocessing, "threshold": threshold})
+        cuts = None if value["cuts"] is None else Cuts(**value["cuts"])
+        scales = None if value["scales"] is None else tuple(Scale(**scale) for scale in value["scales"])
+        parsed = {"class_names": tuple(value["class_names"]), "preprocessing": preprocessing, "cuts": cuts, "scales": scales, "threshold": threshold}
+        return cls(**{**value, **parsed})
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def write(folder: Path, description: Description, guard: Guard, validation_score
         "suspect": guard.suspect.state_dict(),
         "experts": guard.experts.state_dict(),  # keys "0.<key>", "1.<key>", ...
         "auxiliary": guard.auxiliary.state_dict(),
+        "distance": {} if guard.fusion is None else guard.fusion.distance.state_dict(),
         "validation": {"scores": validation_scores.sort().values},
     }
     hashes = {}
@@ -110,11 +116,14 @@ def read(folder: Path) -> Bundle:
         auxiliary = architectures.instantiate(description.architecture, description.num_classes, tensors["auxiliary"])
         experts = []
         for index in range(description.experts):
-            expert = trunk.tail_copy(suspect, description.cut)
+            expert = trunk.tail_copy(suspect, None if description.cuts is None else description.cuts.experts)
             prefix = f"{index}."
             expert.load_state_dict({key[len(prefix) :]: value for key, value in tensors["experts"].items() if key.startswith(prefix)})
             experts.append(expert.to(memory_format=torch.channels_last))
-        guard = Guard(suspect, experts, auxiliary, description.preprocessing, description.cut, description.c)
+        fusion = None
+        if description.scales is not None:
+            fusion = Fusion(Distance(tensors["distance"]["means"], tensors["distance"]["whitening"]), description.scales)
+        guard = Guard(suspect, experts, auxiliary, description.preprocessing, cuts=description.cuts, fusion=fusion, c=description.c)
         return Bundle(manifest["bundle_id"], description, guard, tensors["validation"]["scores"], manifest["record"])
     except (KeyError, RuntimeError) as error:
         raise BundleNotReady("The bundle's weights do not fit the networks that its manifest names.") from error

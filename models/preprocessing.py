@@ -22,6 +22,9 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 8, 8192, 25_000_000
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 _PNG_END = b"IEND\xaeB`\x82"
+# Pillow warns of damaged metadata and of bombs; the one does not matter here, the other is refused below. Filters belong to the whole process,
+# so they are set once, and not around each decode: that happens in many threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -29,14 +32,11 @@ def decode(data: bytes) -> Image.Image:
     """An RGB image of at most 25 megapixels, first frame only. Raises a subclass of ImageProblem; never anything else."""
     _check_signature(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow warns of damaged EXIF and of bombs; both are refused below or here
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(*image.size)
-            if image.mode not in _EIGHT_BIT_MODES:
-                raise ImageMode(f"The image has pixels of mode {image.mode}; save it as 8-bit grey, palette, RGB or CMYK.")
-            warnings.simplefilter("ignore")
-            return image.convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(*image.size)
+        if image.mode not in _EIGHT_BIT_MODES:
+            raise ImageMode(f"The image has pixels of mode {image.mode}; save it as 8-bit grey, palette, RGB or CMYK.")
+        return image.convert("RGB")
     except (ImageTooSmall, ImageTooLarge, ImageMode):
         raise
     except Image.DecompressionBombError as error:

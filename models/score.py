@@ -5,17 +5,27 @@ For an image with the suspect's prediction p, let x = softmax(B)[p] be the backd
     s = min( y / (c x), (1 - x) / (c - y) )        the second term only where y < c
 
 Low means backdoor: the expert still agrees, the auxiliary no longer does. All of it is computed in log space and float64, since in float32 a
-saturated expert makes 1 - x, and with it the score, 0 for a perfectly clean image. `score` below, and everywhere in this project, is log s, and
-`threshold` log alpha: the same order, no overflow.
+saturated expert makes 1 - x, and with it the score, 0 for a perfectly clean image. `published_score` is log s, and its threshold log alpha: the same
+order, no overflow.
+
+The minimum lets the weaker of the two networks hide what the stronger one saw. `fused_score` adds the evidence up instead: each of logit x, -logit y
+and the feature distance is measured against clean images, and contributes -log of about the share of those that are as suspicious:
+
+    score = - sum of log(1 + exp(z)),  z = (value - median) / (mean excess over the median)
+
+which is what the upper tail of a logistic distribution gives: it goes on growing beyond the last clean image, and never lets one clean-looking
+piece of evidence cancel another that is alarming.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from models.errors import FprUnreachable
 
@@ -41,12 +51,33 @@ def geometric_mean(log_x: Tensor, log_not_x: Tensor) -> tuple[Tensor, Tensor]:
     return log_x.mean(0), torch.where(log_a < -30, log_a, torch.log(-torch.expm1(-log_a.exp())))
 
 
-def score(log_x: Tensor, log_not_x: Tensor, log_y: Tensor, c: float) -> Tensor:
+def published_score(log_x: Tensor, log_not_x: Tensor, log_y: Tensor, c: float) -> Tensor:
     """log s, float64 [N]."""
     first = log_y - math.log(c) - log_x
     below = c - log_y.exp()  # c - y; the second term counts only where this is positive
     second = log_not_x - below.clamp(min=torch.finfo(torch.float64).tiny).log()
     return torch.where(below > 0, torch.minimum(first, second), first)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where one kind of evidence lies for clean images: its median, and how far beyond it the upper half is on average."""
+
+    median: float
+    excess: float
+
+
+def measure_scale(values: Tensor) -> Scale:
+    """The scale of a kind of evidence (large is suspicious), from its values on clean images, float64 [N]."""
+    median = values.median()
+    above = values[values > median]
+    excess = (above - median).mean().item() if len(above) else 0.0
+    return Scale(median.item(), max(excess, 1e-6))  # evidence that is the same for all clean images must not divide by zero
+
+
+def fused_score(evidence: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
+    """Minus the summed surprise, float64 [N]: at most 0, low means backdoor. Evidence float64 [N] each, large is suspicious."""
+    return -sum((softplus((values - scale.median) / scale.excess) for values, scale in zip(evidence, scales, strict=True)), torch.zeros(()))
 
 
 @dataclass(frozen=True)

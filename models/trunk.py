@@ -40,19 +40,34 @@ class _Counting(fx.Interpreter):
 def cuts(network: nn.Module, example: Tensor) -> list[Cut]:
     """All places to cut, from the input to the output. example: one normalised input [1, 3, H, W]."""
     traced = fx.symbolic_trace(network.eval())
-    counting = _Counting(traced)
-    with torch.no_grad():
-        counting.run(example)
-    total = sum(counting.operations.values())
+    operations = _operations(traced, example)
+    total = sum(operations.values())
     nodes = list(traced.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
     reach, done, found = 0, 0, []
     for index, node in enumerate(nodes[:-2]):  # the last two are the logits and the output itself
-        done += counting.operations[node.name]
+        done += operations[node.name]
         if node.op != "placeholder" and reach <= index and node.users:
             found.append(Cut(node.name, 1 - done / total))
         reach = max([reach, *(position[user] for user in node.users)])
     return found
+
+
+def _operations(traced: fx.GraphModule, example: Tensor) -> dict[str, int]:
+    counting = _Counting(traced)
+    with torch.no_grad():
+        counting.run(example)
+    return counting.operations
+
+
+def operations(network: nn.Module, example: Tensor) -> int:
+    """Floating-point operations of one forward pass; two for each multiply-accumulate."""
+    return sum(_operations(fx.symbolic_trace(network.eval()), example).values())
+
+
+def feature_cut(network: nn.Module, example: Tensor) -> Cut:
+    """The last cut that has any multiplication behind it: what the head reads, the penultimate features."""
+    return [cut for cut in cuts(network, example) if cut.tail_share > 0][-1]
 
 
 def choose_cut(network: nn.Module, example: Tensor, tail_share: float) -> Cut:
@@ -63,26 +78,27 @@ def choose_cut(network: nn.Module, example: Tensor, tail_share: float) -> Cut:
     return candidates[-1]
 
 
-def split(network: nn.Module, cut: str) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """(trunk, tail) with tail(trunk(x)) == network(x), operation for operation. Both share the network's own modules.
+def split(network: nn.Module, *names: str) -> list[fx.GraphModule]:
+    """Cut at each of `names`, in the order in which data flows: the parts, one after another, are the network, operation for operation.
 
-    Raises KeyError where the network has no cut of this name.
+    All share the network's own modules. Raises KeyError where the network has no cut of a name.
     """
-    traced = fx.symbolic_trace(network.eval())
-    nodes = list(traced.graph.nodes)
+    nodes = list(fx.symbolic_trace(network.eval()).graph.nodes)
     by_name = {node.name: index for index, node in enumerate(nodes)}
-    border = by_name[cut]
-    trunk, tail = fx.Graph(), fx.Graph()
-    above: dict[fx.Node, fx.Node] = {}
-    for node in nodes[: border + 1]:
-        above[node] = trunk.node_copy(node, lambda old: above[old])
-    trunk.output(above[nodes[border]])
-    below = {nodes[border]: tail.placeholder("features")}
-    for node in nodes[border + 1 :]:
-        below[node] = tail.node_copy(node, lambda old: below[old])
-    return fx.GraphModule(network, trunk).eval(), fx.GraphModule(network, tail).eval()
+    borders = [by_name[name] for name in names]
+    parts = []
+    for begin, end in zip([-1, *borders], [*borders, len(nodes) - 1], strict=True):
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        if begin >= 0:
+            copies[nodes[begin]] = graph.placeholder("features")
+        for node in nodes[begin + 1 : end + 1]:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if end < len(nodes) - 1:
+            graph.output(copies[nodes[end]])
+        parts.append(fx.GraphModule(network, graph).eval())
+    return parts
 
 
 def tail_copy(network: nn.Module, cut: str | None) -> nn.Module:
     """A tail of its own, apart from the network's weights: what an expert is trained from. Without a cut, the whole network."""
-    return copy.deepcopy(network if cut is None else split(network, cut)[1])
+    return copy.deepcopy(network if cut is None else split(network, cut)[-1])

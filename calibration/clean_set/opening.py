@@ -6,7 +6,6 @@ calibration starts and not in the middle of it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +45,6 @@ _REFUSED = (
     *((bytes((0x80, protocol)), f"Pickles are never loaded; {_ZIP}, or save arrays with `numpy.savez`.") for protocol in range(2, 6)),
 )
 
-_DECODING = threading.Lock()  # decode() swaps the process's warning filters, which two threads must not do at once
-
 
 @dataclass(frozen=True)
 class _Encoded:
@@ -64,8 +61,7 @@ class _Encoded:
         member = self.members[index]
         data = self.container.read(member, self.limit)
         try:
-            with _DECODING:
-                return decode(data)
+            return decode(data)
         except ImageProblem as problem:
             raise CleanSetInvalid(f"{cleaned(self.container.entries[member].name)} cannot be used. {problem.detail}") from problem
 

@@ -10,25 +10,39 @@ import torch
 
 from models import architectures, bundle
 from models.errors import BundleNotReady
-from models.guard import Guard
+from models.guard import Cuts, Guard, fuse
 from models.preprocessing import Preprocessing
 from models.score import conformal_threshold
-from models.trunk import choose_cut, tail_copy
+from models.trunk import choose_cut, feature_cut, tail_copy
 
 
 def make(folder: Path, seed: int = 0, cut: bool = True) -> tuple[Guard, str]:
     torch.manual_seed(seed)
     suspect, auxiliary = (architectures.get("resnet20").build(10).eval() for _ in range(2))
-    name = choose_cut(suspect, torch.zeros(1, 3, 32, 32), 0.1).name if cut else None
-    experts = [tail_copy(suspect, name) for _ in range(3 if cut else 1)]
+    example = torch.zeros(1, 3, 32, 32)
+    cuts = Cuts(choose_cut(suspect, example, 0.1).name, feature_cut(suspect, example).name) if cut else None
+    experts = [tail_copy(suspect, cuts.experts if cuts else None) for _ in range(3 if cut else 1)]
     for expert in experts:
         for parameter in expert.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
     preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    guard = Guard(suspect, experts, auxiliary, preprocessing, name, 0.5)
+    guard = Guard(suspect, experts, auxiliary, preprocessing, cuts=cuts)
+    if cut:
+        pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+        guard = fuse(guard, pixels, torch.arange(64) % 10, pixels[:20], 10)
     scores = torch.rand(200, dtype=torch.float64)
     description = bundle.Description(
-        "resnet20", 10, tuple("abcdefghij"), preprocessing, "auto", seed, name, len(experts), 0.5, conformal_threshold(scores, 0.01)
+        architecture="resnet20",
+        num_classes=10,
+        class_names=tuple("abcdefghij"),
+        preprocessing=preprocessing,
+        preset="auto",
+        seed=seed,
+        cuts=cuts,
+        experts=len(experts),
+        c=0.5,
+        scales=None if guard.fusion is None else guard.fusion.scales,
+        threshold=conformal_threshold(scores, 0.01),
     )
     folder.mkdir(exist_ok=True)
     bundle_id = bundle.write(folder, description, guard, scores, {"created": "now"}, {"report.json": "{}", "report.html": "<p>"})
@@ -49,7 +63,7 @@ def test_the_same_content_has_the_same_id_whenever_it_was_made(tmp_path: Path) -
     assert make(tmp_path / "a")[1] == make(tmp_path / "b")[1] != make(tmp_path / "c", seed=1)[1]
 
 
-@pytest.mark.parametrize("role", ["suspect", "experts", "auxiliary", "validation"])
+@pytest.mark.parametrize("role", ["suspect", "experts", "auxiliary", "distance", "validation"])
 def test_one_flipped_bit_in_any_weight_file_is_noticed(tmp_path: Path, role: str) -> None:
     make(tmp_path)
     path = tmp_path / f"{role}.safetensors"

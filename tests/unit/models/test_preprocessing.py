@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -101,7 +102,5 @@ def test_a_truncated_png_is_refused_wherever_it_ends(kept: int) -> None:
 def test_a_flipped_bit_never_raises_anything_but_a_refusal(position: int, bit: int, kind: str) -> None:
     data = bytearray(saved(picture(24, 24), kind))
     data[position % len(data)] ^= 1 << bit
-    try:
+    with contextlib.suppress(ImageProblem):
         assert decode(bytes(data)).mode == "RGB"
-    except ImageProblem:
-        pass

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import FprUnreachable
-from models.score import beta_quantile, conformal_threshold, geometric_mean, log_confidence, rejections_expected, score
+from models.score import (
+    beta_quantile,
+    conformal_threshold,
+    fused_score,
+    geometric_mean,
+    log_confidence,
+    measure_scale,
+    published_score,
+    rejections_expected,
+)
 
 probability = st.floats(0.001, 0.999)
 
@@ -22,7 +31,7 @@ def paper_score(x: float, y: float, c: float) -> float:
 
 def log_score(x: float, y: float, c: float) -> float:
     one = torch.tensor([x], dtype=torch.float64)
-    return score(one.log(), (1 - one).log(), torch.tensor([y], dtype=torch.float64).log(), c).item()
+    return published_score(one.log(), (1 - one).log(), torch.tensor([y], dtype=torch.float64).log(), c).item()
 
 
 @given(x=probability, y=probability, c=st.sampled_from([0.2, 0.4, 0.5]))
@@ -38,7 +47,7 @@ def test_a_saturated_expert_does_not_reject_an_image_that_the_auxiliary_is_sure_
     logits = torch.zeros(1, 10)
     logits[0, 3] = 60.0  # softmax is exactly 1.0 in float32, and 1 - x exactly 0
     log_x, log_not_x = log_confidence(logits, torch.tensor([3]))
-    value = score(log_x, log_not_x, torch.tensor([math.log(0.95)], dtype=torch.float64), 0.5)
+    value = published_score(log_x, log_not_x, torch.tensor([math.log(0.95)], dtype=torch.float64), 0.5)
     assert value.item() == pytest.approx(math.log(0.95 / 0.5))
 
 
@@ -49,12 +58,12 @@ def test_is_finite_however_far_the_logits_are_apart(gap: float, experts: int) ->
     logits[:, 0, 3], logits[:, 1, 3] = gap, -gap
     log_x, log_not_x = geometric_mean(*log_confidence(logits, torch.tensor([3, 3])))
     for log_y in (0.0, -gap, -1e-9):
-        assert score(log_x, log_not_x, torch.full((2,), log_y, dtype=torch.float64), 0.5).isfinite().all()
+        assert published_score(log_x, log_not_x, torch.full((2,), log_y, dtype=torch.float64), 0.5).isfinite().all()
 
 
 def test_is_not_finite_where_a_network_gave_nan() -> None:
     log_x, log_not_x = log_confidence(torch.full((1, 10), math.nan), torch.tensor([3]))
-    assert not score(log_x, log_not_x, torch.zeros(1, dtype=torch.float64), 0.5).isfinite().any()
+    assert not published_score(log_x, log_not_x, torch.zeros(1, dtype=torch.float64), 0.5).isfinite().any()
 
 
 @given(values=st.lists(probability, min_size=2, max_size=5))
@@ -107,3 +116,26 @@ def test_expected_rejections_cover_what_simulation_gives() -> None:
         validation = torch.rand(800, generator=source).sort().values[found.rank - 1]
         inside += low <= int((torch.rand(400, generator=source) < validation).sum()) <= high
     assert 0.88 <= inside / 1000 <= 0.99  # counts are whole, so the interval holds a little more than its level
+
+
+def test_one_alarming_kind_of_evidence_is_enough_and_none_cancels_another() -> None:
+    scale = measure_scale(torch.linspace(0, 2, 101, dtype=torch.float64))
+    values = {name: torch.tensor([value], dtype=torch.float64) for name, value in {"calm": 0.0, "usual": 1.0, "alarming": 20.0}.items()}
+
+    def fused(*names: str) -> float:
+        return fused_score([values[name] for name in names], [scale] * len(names)).item()
+
+    assert fused("usual", "usual", "alarming") < fused("usual", "usual", "usual") - 30
+    assert fused("calm", "calm", "alarming") == pytest.approx(fused("usual", "usual", "alarming"), abs=2.0)
+
+
+def test_the_fused_score_grows_beyond_anything_seen_and_stays_finite() -> None:
+    scale = measure_scale(torch.rand(100, dtype=torch.float64))
+    values = torch.tensor([0.5, 2.0, 1e3, 1e9], dtype=torch.float64)
+    found = fused_score([values], [scale])
+    assert found.isfinite().all()
+    assert (found.diff() < 0).all()
+
+
+def test_evidence_that_is_the_same_for_all_clean_images_has_a_usable_scale() -> None:
+    assert measure_scale(torch.full((50,), 3.0, dtype=torch.float64)).excess > 0

@@ -1,0 +1,92 @@
+"""Speed of what a user waits for: `python -m benchmarks.bench` prints one JSON object.
+
+Seconds of a whole `badexpert calibrate` on the example for both presets; then, with that very `paper` guard served by a real process, the latency of one
+image over HTTP beside the bare three forwards of a batch of one in this process: images in turn, one HTTP request and one forward, so that a drift
+of the machine falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from PIL import Image
+
+from models import bundle
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def calibrate(data_dir: str, preset: str, device: str) -> dict[str, Any]:
+    """One calibration through the command line, timed from outside."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "service", "calibrate", "--checkpoint", str(EXAMPLES / "suspect_badnet.safetensors"), "--name", preset]
+    command += ["--clean-set", str(EXAMPLES / "clean_set.zip"), "--preset", preset, "--data-dir", data_dir, "--device", device, "--activate", "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    return {"seconds": round(seconds, 1), "stage_seconds": json.loads(done.stdout)["stage_seconds"]}
+
+
+def latency(data_dir: str, device: str, requests: int) -> dict[str, float]:
+    """Median milliseconds of one image, over HTTP and as bare forwards."""
+    with zipfile.ZipFile(EXAMPLES / "samples.zip") as archive:
+        images = [archive.read(name) for name in sorted(archive.namelist()) if name.startswith("clean/")]
+    guarded = bundle.read(Path(data_dir) / "guards" / "paper" / "1")
+    guarded.guard.to(device)
+    command = [sys.executable, "-m", "service", "serve", "--data-dir", data_dir, "--port", "0", "--device", device]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        found = re.search(r"http://\S+", server.stdout.readline())
+        assert found is not None
+        over_http, bare = [], []
+        with httpx.Client(base_url=found[0], timeout=60, transport=httpx.HTTPTransport(retries=20)) as client:
+            for turn in range(requests + 20):
+                data = images[turn % len(images)]
+                began = time.perf_counter()
+                client.post("/v1/guards/paper/predict", content=data, headers={"Content-Type": "image/png"}).raise_for_status()
+                middle = time.perf_counter()
+                pixels = guarded.description.preprocessing.pixels(Image.open(io.BytesIO(data)).convert("RGB"))[None].to(device)
+                start = time.perf_counter()
+                guarded.guard(pixels).cpu()
+                if turn >= 20:
+                    over_http.append(middle - began)
+                    bare.append(time.perf_counter() - start)
+        server.send_signal(signal.SIGTERM)
+    return {
+        "http_ms": round(statistics.median(over_http) * 1000, 2),
+        "bare_three_forwards_ms": round(statistics.median(bare) * 1000, 2),
+        "added_ms": round((statistics.median(over_http) - statistics.median(bare)) * 1000, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--requests", type=int, default=300)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as data_dir:
+        record = {
+            "calibrate": {preset: calibrate(data_dir, preset, args.device) for preset in ("paper", "auto")},
+            "predict_batch_1": latency(data_dir, args.device, args.requests),
+            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}",
+        }
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

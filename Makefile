@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Keeps torch's threads from spinning against one another where cores are shared.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo serve test lint format bench lock clean
 

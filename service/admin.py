@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import secrets
 import shutil
 from collections.abc import AsyncIterator
@@ -23,7 +22,7 @@ from calibration.config import CalibrationConfig
 from models.durable import storage_errors
 from models.errors import Conflict, NotFound
 from service.auth import Authenticator
-from service.bodies import Sink, media_type, parse_model, read_model, read_multipart
+from service.bodies import Capped, Sink, media_type, parse_model, read_model, read_multipart
 from service.engine import Engine
 from service.errors import BodyTooLarge, MediaType, UnexpectedField, UploadMissing
 from service.jobs import ENDED, Job, Jobs
@@ -37,7 +36,7 @@ class Activation(BaseModel):
     """Which version to serve."""
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, lt=10**9)
 
 
 class GuardChange(BaseModel):
@@ -125,7 +124,7 @@ def _json_body(model: type[BaseModel]) -> dict[str, Any]:
 def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
     """The routes of the admin scope."""
 
-    def authorise(request: Request) -> None:
+    async def authorise(request: Request) -> None:  # a coroutine, so that it runs on the event loop, as all that touches the authenticator does
         authenticator.require(request, "admin")
 
     routes = APIRouter(prefix="/v1", tags=["admin"], dependencies=[Depends(authorise)])
@@ -136,14 +135,15 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         """Upload a suspect and a clean set. The files are read before the answer, so that what is wrong with them is said at once."""
         if media_type(request) != "multipart/form-data":
             raise MediaType("Send multipart/form-data with the parts `config`, `checkpoint` and `clean_set`.")
-        await admin.jobs.room()
+        key = request.headers.get("idempotency-key") or None
+        await admin.jobs.room(key)
         job_id = secrets.token_hex(12)
         folder = admin.worker.uploads / job_id
         accepted = False
         try:
             config, digest = await _receive(request, admin, folder)
             await admin.worker.check(job_id, config.model_dump())
-            job = await admin.jobs.add(job_id, config.model_dump(), digest, request.headers.get("idempotency-key"))
+            job = await admin.jobs.add(job_id, config.model_dump(), digest, key)
             accepted = job.id == job_id
         finally:
             if not accepted:
@@ -165,7 +165,7 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         return (await admin.jobs.get(calibration)).id
 
     @routes.get("/calibrations/{calibration}/events", response_class=EventSourceResponse)
-    async def events(calibration: Annotated[str, Depends(known)]) -> AsyncIterator[ServerSentEvent]:
+    async def events(calibration: str = Depends(known)) -> AsyncIterator[ServerSentEvent]:  # as a default: a string annotation could not name `known`
         """The same as server-sent events: one for each change, until the calibration has ended."""
         async for job, _ in admin.worker.follow(calibration):
             yield ServerSentEvent(data=_view(job, admin.worker), event=job.state)
@@ -213,11 +213,11 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
 
 async def _receive(request: Request, admin: Admin, folder: Path) -> tuple[CalibrationConfig, str]:
     """Stream the parts of an upload into the job's folder; returns the configuration and a digest of everything."""
-    config, digests, text = None, {name: hashlib.sha256() for name in FILES}, io.BytesIO()
+    config, digests, text = None, {name: hashlib.sha256() for name in FILES}, Capped("config", admin.json_bytes)
     seen: set[str] = set()
     with storage_errors():
         await asyncio.to_thread(folder.mkdir, parents=True)
-    with ExitStack() as files:
+    with storage_errors(), ExitStack() as files:  # closing a file writes what was still buffered
 
         def open_part(name: str, is_file: bool) -> Sink:
             if name not in ("config", *FILES) or name in seen:
@@ -226,7 +226,7 @@ async def _receive(request: Request, admin: Admin, folder: Path) -> tuple[Calibr
                 raise UploadMissing(f"The part `{name}` is text; send it as a file (curl: -F {name}=@path).")
             seen.add(name)
             if name == "config":
-                return _Capped(text, admin.json_bytes)
+                return text
             return _HashedFile(files.enter_context(open(folder / name, "xb")), digests[name], admin.upload_bytes)
 
         await read_multipart(request, open_part, cap=len(FILES) * admin.upload_bytes + admin.json_bytes + 65536, parts=len(FILES) + 1, blocking=True)
@@ -238,18 +238,6 @@ async def _receive(request: Request, admin: Admin, folder: Path) -> tuple[Calibr
     for name in FILES:
         whole.update(digests[name].digest())
     return config, whole.hexdigest()
-
-
-class _Capped:
-    """A part that is kept in memory, so a small one."""
-
-    def __init__(self, stream: io.BytesIO, cap: int) -> None:
-        self._stream, self._cap = stream, cap
-
-    def write(self, data: bytes) -> None:
-        if self._stream.tell() + len(data) > self._cap:
-            raise BodyTooLarge(f"The part `config` is larger than the {self._cap:,} bytes that are taken.")
-        self._stream.write(data)
 
 
 def _view(job: Job, worker: Worker) -> JobView:

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
@@ -221,7 +222,11 @@ async def _on_problem(request: Request, problem: Problem) -> Response:
 
 
 async def _on_http(request: Request, error: HTTPException) -> Response:
-    return render(from_http(error.status_code, error.headers), request.state.request_id)
+    headers = error.headers
+    if error.status_code == 405:  # Starlette names the methods of the first route of this path only
+        allowed = [m for m in sorted(_METHODS) if any(route.matches({**request.scope, "method": m})[0] is Match.FULL for route in request.app.routes)]
+        headers = {"Allow": ", ".join(allowed)}
+    return render(from_http(error.status_code, headers), request.state.request_id)
 
 
 async def _on_validation(request: Request, error: RequestValidationError) -> Response:

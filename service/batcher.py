@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -62,7 +63,7 @@ class Batcher(Generic[Key, Item, Result]):
 
     @property
     def waiting(self) -> int:
-        """Rows in the queue, those that nobody waits for any more included."""
+        """Rows in the queue."""
         return len(self._rows)
 
     def start(self) -> None:
@@ -94,6 +95,10 @@ class Batcher(Generic[Key, Item, Result]):
                 return await row.answer
         except TimeoutError:
             raise DeadlineExceeded from None
+        finally:
+            if row.answer.cancelled():  # given up: its place is free at once, or who left would keep others out
+                with suppress(ValueError):
+                    self._rows.remove(row)
 
     async def _work(self) -> None:
         while True:
@@ -113,7 +118,7 @@ class Batcher(Generic[Key, Item, Result]):
         later: deque[Row[Key, Item, Result]] = deque()
         while self._rows and len(batch) < self._max_batch:
             row = self._rows.popleft()
-            if row.answer.done() or row.deadline <= now:
+            if not _wanted(row, now):
                 continue
             (batch if not batch or row.key == batch[0].key else later).append(row)
         self._rows.extendleft(reversed(later))
@@ -125,6 +130,8 @@ class Batcher(Generic[Key, Item, Result]):
         failed = False
         try:
             results = await self._run(batch[0].key, [row.item for row in batch])
+            if len(results) != len(batch):
+                raise RuntimeError("the device answered another number of results than it got items")
         except Exception:  # noqa: BLE001 - whatever the device raises belongs to these rows, and must not end the worker
             failed = True
         finally:
@@ -132,8 +139,9 @@ class Batcher(Generic[Key, Item, Result]):
         # Halving happens out here: inside the handler the traceback would keep the failed batch's tensors alive.
         if failed and len(batch) > 1:
             middle = len(batch) // 2
-            await self._judge(batch[:middle])
-            await self._judge(batch[middle:])
+            for half in (batch[:middle], batch[middle:]):
+                if wanted := [row for row in half if _wanted(row, loop.time())]:
+                    await self._judge(wanted)
             return
         seconds = loop.time() - began
         self._batch_seconds = seconds if self._batch_seconds == 0 else 0.8 * self._batch_seconds + 0.2 * seconds
@@ -145,3 +153,7 @@ class Batcher(Generic[Key, Item, Result]):
                 row.answer.set_exception(DeviceFailed())
             else:
                 row.answer.set_result(results[index])
+
+
+def _wanted(row: Row[Key, Item, Result], now: float) -> bool:
+    return not row.answer.done() and row.deadline > now

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models import bundle
 from models.bundle import Bundle
-from models.errors import BundleNotReady, Conflict
-from models.registry import Mode, Registry
+from models.errors import BundleNotReady, Conflict, Problem
+from models.registry import GuardState, Mode, Registry
 from models.score import Threshold, conformal_threshold
 
 
@@ -53,13 +53,13 @@ class Engine:
     def all_live(self) -> list[LiveGuard]:
         return list(self._live.values())
 
-    def load_all(self) -> dict[str, BundleNotReady]:
+    def load_all(self) -> dict[str, Problem]:
         """Load the active version of every guard; returns what could not be loaded and why. The rest serves."""
-        failed = {}
+        failed: dict[str, Problem] = {}
         for name in self.registry.guards():
             try:
                 self.refresh(name)
-            except BundleNotReady as problem:
+            except Problem as problem:
                 failed[name] = problem
         return failed
 
@@ -67,31 +67,39 @@ class Engine:
         """Load and verify a version, then make it the active one: what cannot be served never becomes active, and no request sees a gap."""
         with self._swap:
             loaded = self._load(guard, version)
+            try:
+                state = self.registry.state(guard)
+            except BundleNotReady:  # activation is the way out of a damaged state
+                state = GuardState()
+            live = _with_state(loaded, state)  # raises before anything changes where this version cannot promise the target FPR
             self.registry.activate(guard, version)
-            self._live[guard] = self._with_state(loaded)
-            return self._live[guard]
+            self._live[guard] = live
+            return live
 
     def refresh(self, guard: str) -> LiveGuard | None:
         """Take up the operator's present decisions about a guard; loads its active version where it is not the live one."""
         with self._swap:
-            active = self.registry.state(guard).active
-            if active is None:
+            state = self.registry.state(guard)
+            if state.active is None:
                 return None
             live = self._live.get(guard)
-            if live is None or live.version != active:
-                live = self._load(guard, active)
-            self._live[guard] = self._with_state(live)
+            if live is None or live.version != state.active:
+                live = self._load(guard, state.active)
+            self._live[guard] = _with_state(live, state)
             return self._live[guard]
 
     def configure(self, guard: str, mode: Mode | None, target_fpr: float | None) -> None:
         """Change what the operator decided. Raises FprUnreachable, before anything changes, where the validation scores cannot promise the target."""
-        if target_fpr is not None:
+        with self._swap:
+            self.registry.state(guard)  # NotFound comes before everything else
             live = self._live.get(guard)
-            if live is None:
-                raise Conflict("The target FPR can be changed while a version is active; activate one first.")
-            conformal_threshold(live.bundle.validation_scores, target_fpr)
-        self.registry.configure(guard, mode=mode, target_fpr=target_fpr)
-        self.refresh(guard)
+            if target_fpr is not None:
+                if live is None:
+                    raise Conflict("The target FPR can be changed while a version is active; activate one first.")
+                conformal_threshold(live.bundle.validation_scores, target_fpr)
+            state = self.registry.configure(guard, mode=mode, target_fpr=target_fpr)
+            if live is not None:
+                self._live[guard] = _with_state(live, state)
 
     def run(self, live: LiveGuard, pixels: list[Tensor]) -> list[Outcome]:
         """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""
@@ -101,15 +109,18 @@ class Engine:
 
     def _load(self, guard: str, version: int) -> LiveGuard:
         loaded = bundle.read(self.registry.folder(guard, version))
-        loaded.guard.to(self.device)
         size = loaded.description.preprocessing.size
-        for images in (1, 8):  # the first forwards of a network are slow: not a caller's time
-            loaded.guard(torch.zeros(images, 3, size, size, dtype=torch.uint8, device=self.device))
+        try:
+            loaded.guard.to(self.device)
+            for images in (1, 8):  # the first forwards of a network are slow: not a caller's time
+                loaded.guard(torch.zeros(images, 3, size, size, dtype=torch.uint8, device=self.device))
+        except RuntimeError as error:  # out of memory is one, too
+            raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
         return LiveGuard(guard, version, loaded, loaded.description.threshold, "enforce")
 
-    def _with_state(self, live: LiveGuard) -> LiveGuard:
-        state = self.registry.state(live.name)
-        threshold = live.bundle.description.threshold
-        if state.target_fpr is not None and state.target_fpr != threshold.target_fpr:
-            threshold = conformal_threshold(live.bundle.validation_scores, state.target_fpr)
-        return LiveGuard(live.name, live.version, live.bundle, threshold, state.mode)
+
+def _with_state(live: LiveGuard, state: GuardState) -> LiveGuard:
+    threshold = live.bundle.description.threshold
+    if state.target_fpr is not None and state.target_fpr != threshold.target_fpr:
+        threshold = conformal_threshold(live.bundle.validation_scores, state.target_fpr)
+    return LiveGuard(live.name, live.version, live.bundle, threshold, state.mode)

@@ -11,7 +11,10 @@ from models.errors import Conflict, NotFound, Problem
 
 
 class RequestProblem(Problem):
-    """A problem with a request; may bring headers and the fields that are wrong."""
+    """The request could not be read.
+
+    The root of the problems with requests: they may bring headers, and the fields that are wrong.
+    """
 
     status: ClassVar[int] = 400
     code = "bad_request"
@@ -249,6 +252,51 @@ class JobsUnavailable(RequestProblem):
         super().__init__(detail, {"Retry-After": "5"})
 
 
+class ReceiveTimeout(RequestProblem):
+    """The request did not arrive in time."""
+
+    status = 408
+    code = "receive_timeout"
+    title = "Request timeout"
+
+
+class UriTooLong(RequestProblem):
+    """The request target is too long."""
+
+    status = 414
+    code = "uri_too_long"
+    title = "URI too long"
+
+
+class HeadersTooLarge(RequestProblem):
+    """The request has too many header lines or bytes."""
+
+    status = 431
+    code = "headers_too_large"
+    title = "Headers too large"
+
+
+class HostHeader(RequestProblem):
+    """Send exactly one valid Host header."""
+
+    code = "host_header"
+    title = "Host header"
+
+
+class UpgradeRefused(RequestProblem):
+    """Only HTTP/1.1 is spoken here: send the request without Upgrade."""
+
+    code = "upgrade_refused"
+    title = "Upgrade refused"
+
+
+class PipelineTooDeep(RequestProblem):
+    """Too many requests were sent ahead of their answers."""
+
+    code = "pipeline_too_deep"
+    title = "Pipeline too deep"
+
+
 def render(problem: Problem, request_id: str) -> JSONResponse:
     """The one shape of an error: RFC 9457 with `code` and `request_id`, and `errors` where fields are wrong."""
     body: dict[str, Any] = {
@@ -260,6 +308,8 @@ def render(problem: Problem, request_id: str) -> JSONResponse:
         "request_id": request_id,
     }
     headers = {"X-Request-Id": request_id}
+    if problem.status in (429, 503):
+        headers["Retry-After"] = "5"
     if isinstance(problem, RequestProblem):
         headers |= problem.headers
         if problem.errors:
@@ -277,4 +327,4 @@ def from_http(status: int, headers: Mapping[str, str] | None) -> Problem:
         return BodyTooLarge()
     if status == 409:
         return Conflict()
-    return RequestProblem("The request could not be read.") if status < 500 else Problem()
+    return RequestProblem() if status < 500 else Problem()

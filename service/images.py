@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from concurrent.futures import ThreadPoolExecutor
 
 from starlette.requests import Request
 from torch import Tensor
 
 from models.preprocessing import Preprocessing, decode
-from service.bodies import Sink, media_type, read, read_multipart
+from service.bodies import Capped, Sink, media_type, read, read_multipart
 from service.errors import BodyEmpty, ImageMissing, MediaType, OneImageOnly, Overloaded, TooManyImages, UnexpectedField
 
 
@@ -54,7 +53,7 @@ class Images:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _parts(self, request: Request, most: int) -> list[bytes]:
-        found: list[io.BytesIO] = []
+        found: list[Capped] = []
 
         def open_part(name: str, is_file: bool) -> Sink:
             if name != "image":
@@ -63,7 +62,7 @@ class Images:
                 raise ImageMissing("The part `image` is text; send it as a file.")
             if len(found) == most:
                 raise OneImageOnly if most == 1 else TooManyImages(f"One request takes at most {most} images.")
-            found.append(io.BytesIO())
+            found.append(Capped("image", self._image_bytes))
             return found[-1]
 
         overhead = 8 * 1024 * (most + 1)

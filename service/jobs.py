@@ -75,11 +75,7 @@ class Jobs:
         await self._do(lambda _: None)
 
     async def close(self) -> None:
-        def close(connection: sqlite3.Connection) -> None:
-            connection.close()
-            self._connection = None
-
-        await self._do(close)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
         self._thread.shutdown()
 
     async def add(self, job_id: str, config: dict[str, Any], digest: str, key: str | None) -> Job:
@@ -123,10 +119,12 @@ class Jobs:
         """The newest jobs, newest first."""
         return await self._do(lambda connection: [_job(row) for row in connection.execute("SELECT * FROM jobs ORDER BY sequence DESC LIMIT ?", (most,))])
 
-    async def room(self) -> None:
+    async def room(self, key: str | None) -> None:
         """Raises QueueFull where `add` would: asked before an upload is read."""
 
         def room(connection: sqlite3.Connection) -> None:
+            if key is not None and connection.execute("SELECT 1 FROM jobs WHERE idempotency_key = ?", (key,)).fetchone():
+                return
             if connection.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0] >= self._most_queued:
                 raise QueueFull
 
@@ -151,8 +149,10 @@ class Jobs:
         await self._transition(job_id, ("running",), state, outcome)
 
     async def cancel(self, job_id: str) -> State:
-        """queued or running -> cancelled; returns the state before. Raises NotFound, or Conflict where the job has ended."""
+        """queued or running -> cancelled; returns the state before. To cancel again changes nothing. Raises NotFound, or Conflict where it has ended."""
         before = (await self.get(job_id)).state
+        if before == "cancelled":
+            return before
         await self._transition(job_id, ("queued", "running"), "cancelled", None)
         return before
 
@@ -206,20 +206,27 @@ class Jobs:
                         self._connection = _connect(self._path)
                     return work(self._connection)
             except sqlite3.Error as error:
-                if self._connection is not None:
-                    self._connection.close()
-                    self._connection = None
+                self._disconnect()
                 raise JobsUnavailable from error
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=5.0, isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.executescript(_SCHEMA)
+    try:
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.executescript(_SCHEMA)
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 

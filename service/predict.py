@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,12 +20,13 @@ from models.errors import NotFound, Problem, ScoreNotFinite
 from service.auth import Authenticator
 from service.batcher import Batcher
 from service.engine import Engine, LiveGuard, Outcome
-from service.errors import DeadlineInvalid, Forbidden, NoActiveBundle
+from service.errors import DeadlineExceeded, DeadlineInvalid, Forbidden, NoActiveBundle
 from service.images import Images
 from service.metrics import MOST_CLASSES, Metrics
 from service.views import GuardList, GuardView, GuardViews
 
 ImageBatcher = Batcher[LiveGuard, Tensor, Outcome]
+_MILLISECONDS = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
 
 class Prediction(BaseModel):
@@ -102,7 +104,7 @@ class Judge:
         seconds = self.deadline_seconds
         wanted = request.headers.get("x-deadline-ms")
         if wanted is not None:
-            if not wanted.lstrip("-").isdecimal() or len(wanted) > 20:
+            if not _MILLISECONDS.fullmatch(wanted):
                 raise DeadlineInvalid
             seconds = min(seconds, int(wanted) / 1000)
         return asyncio.get_running_loop().time() + seconds
@@ -110,7 +112,11 @@ class Judge:
     async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool) -> Verdict:
         """Raises a Problem wherever no complete, finite judgement was reached in time."""
         began = time.perf_counter()
-        pixels = await self.images.pixels(data, live.bundle.description.preprocessing)
+        try:
+            async with asyncio.timeout_at(deadline):
+                pixels = await self.images.pixels(data, live.bundle.description.preprocessing)
+        except TimeoutError:
+            raise DeadlineExceeded from None
         self.metrics.stage_seconds.labels("decode").observe(time.perf_counter() - began)
         outcome = await self.batcher.submit(live, pixels, deadline)
         if not (math.isfinite(outcome.score) and math.isfinite(outcome.confidence)):

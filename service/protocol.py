@@ -4,7 +4,6 @@ a head that is too large (414, 431), none or two Hosts (400), protocol upgrades 
 ways (400). Once refused, a connection is never parsed again: it is answered, drained for a moment and closed."""
 
 import asyncio
-import json
 import re
 import uuid
 from collections import deque
@@ -15,6 +14,8 @@ from typing import ClassVar, Literal
 from httptools import HttpParserError
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from service.errors import HeadersTooLarge, HostHeader, MethodNotAllowed, PipelineTooDeep, ReceiveTimeout, UpgradeRefused, UriTooLong, render
 
 PIECE_BYTES = 16 * 1024  # what the parser is fed at once: nothing unbounded can gather inside it between two checks
 PROGRESS_BYTES = 64 * 1024  # an upload, or a reader, that moves less than this in its period has stalled
@@ -36,29 +37,20 @@ class ProtocolLimits:
     pipelined: int = 128  # a queued message costs a hundred times its bytes
 
 
-PROBLEMS = {  # code: status, title, detail
-    "receive_timeout": (408, "Request timeout", "The request did not arrive in time."),
-    "uri_too_long": (414, "URI too long", "The request target is too long."),
-    "headers_too_large": (431, "Headers too large", "The request has too many header lines or bytes."),
-    "host_header": (400, "Host header", "Send exactly one valid Host header."),
-    "upgrade_refused": (400, "Upgrade refused", "Only HTTP/1.1 is spoken here: send the request without Upgrade."),
-    "pipeline_too_deep": (400, "Pipeline too deep", "Too many requests were sent ahead of their answers."),
-    "method_not_allowed": (405, "Method not allowed", "This server is not a proxy."),
-}
+PROBLEMS = {problem.code: problem for problem in (ReceiveTimeout, UriTooLong, HeadersTooLarge, HostHeader, UpgradeRefused, PipelineTooDeep, MethodNotAllowed)}
 
 
-def render(code: str | None, headers: list[tuple[bytes, bytes]]) -> bytes:
+def render_refusal(code: str | None, headers: list[tuple[bytes, bytes]]) -> bytes:
     """The whole response to a refused message: a problem, or uvicorn's line for plain garbage (None)."""
-    status, kind, body = 400, b"text/plain; charset=utf-8", b"Invalid HTTP request received."
+    status, body = 400, b"Invalid HTTP request received."
+    own = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
     if code is not None:
-        status, title, detail = PROBLEMS[code]
-        request_id = uuid.uuid4().hex  # ours: an id that came with a refused message is not to be trusted
-        problem = {"type": f"urn:badexpert:{code}", "title": title, "status": status, "code": code, "detail": detail}
-        kind, body = b"application/problem+json", json.dumps({**problem, "request_id": request_id}).encode()
-        headers = [*headers, (b"x-request-id", request_id.encode())]
+        # The id is ours: one that came with a refused message is not to be trusted.
+        answer = render(PROBLEMS[code](), uuid.uuid4().hex)
+        status, body, own = answer.status_code, bytes(answer.body), answer.raw_headers
     if status == 405:
-        headers = [*headers, (b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE")]
-    headers = [*headers, (b"content-type", kind), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        own = [*own, (b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE")]
+    headers = [*headers, *own, (b"connection", b"close")]
     return b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers), b"\r\n", body])
 
 
@@ -231,7 +223,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._phase == "body" and self.cycle.response_started:
             self.transport.close()  # an answer is out or on its way: a second one would corrupt it
             return
-        self._refusal = render(code, self.server_state.default_headers)
+        self._refusal = render_refusal(code, self.server_state.default_headers)
         if self._phase == "body":
             cycle = self._owed.pop()
             cycle.disconnected = True

@@ -15,7 +15,7 @@ MiB = 1024 * 1024
 class Settings(BaseSettings):
     """Each field is documented in docs/reference/settings.md; a test walks that table."""
 
-    model_config = SettingsConfigDict(env_prefix="BADEXPERT_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="BADEXPERT_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("var"), description="where guards, jobs and uploads are kept")
     host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs tokens")

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from models import bundle
-from models.errors import Problem
+from models.errors import BundleNotReady, Problem
+from models.registry import GuardState
 from service.engine import Engine
 
 
@@ -54,7 +55,10 @@ class GuardViews:
     def one(self, guard: str) -> GuardView:
         """Raises NotFound."""
         registry = self.engine.registry
-        state = registry.state(guard)
+        try:
+            state = registry.state(guard)
+        except BundleNotReady:  # one damaged state must not hide the other guards; activating mends it
+            state = GuardState()
         versions = []
         for version in registry.versions(guard):
             try:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -100,7 +100,8 @@ class Worker:
             await self._stop_child()
         elif before == "queued":
             self._forget(job_id)
-        self._metrics.calibrations.labels("cancelled").inc()
+        if before != "cancelled":
+            self._metrics.calibrations.labels("cancelled").inc()
         await self._notify()
 
     def progress(self, job_id: str) -> dict[str, Any] | None:
@@ -138,7 +139,12 @@ class Worker:
             if job is None:
                 await self._jobs.changed.wait()
                 continue
-            await self._run(job)
+            try:
+                await self._run(job)
+            except Exception:  # one job's trouble must not end the work on the others
+                log.exception("calibration_lost", job=job.id)
+                await self._stop_child()
+                await self._finish(job, None, None)
 
     async def _run(self, job: Job) -> None:
         self._current = job.id
@@ -150,9 +156,6 @@ class Worker:
         await self._child.wait()
         await errors
         await self._finish(job, last, self._child.returncode)
-        self._child = self._current = None
-        self._metrics.calibrations_running.set(0)
-        await self._notify()
 
     async def _spawn(self, job_id: str, config: dict[str, Any], *options: str) -> asyncio.subprocess.Process:
         folder = self.uploads / job_id
@@ -200,14 +203,27 @@ class Worker:
             # The kernel's out-of-memory killer leaves no last word but this signal.
             problem: Problem = OutOfMemory() if status == -signal.SIGKILL else Problem("The calibration process ended unexpectedly; see the server's log.")
             state, outcome = "failed", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail}
-        try:
-            await self._jobs.end(job.id, "succeeded" if state == "succeeded" else "failed", outcome)
-        except Conflict:  # cancelled meanwhile: that stands
-            state = "cancelled"
-        else:
+        if await self._end(job.id, "succeeded" if state == "succeeded" else "failed", outcome):
             self._metrics.calibrations.labels(state).inc()
+        else:
+            state = "cancelled"
         log.info("calibration_ended", job=job.id, state=state, code=outcome.get("code"))
         self._forget(job.id)
+        self._child = self._current = None
+        self._metrics.calibrations_running.set(0)
+        await self._notify()
+
+    async def _end(self, job_id: str, state: Literal["succeeded", "failed"], outcome: dict[str, Any]) -> bool:
+        """Write down how a job ended, as soon as the database can be used; False where it was cancelled meanwhile, and that stands."""
+        while True:
+            try:
+                await self._jobs.end(job_id, state, outcome)
+            except Conflict:
+                return False
+            except JobsUnavailable:
+                await asyncio.sleep(1.0)
+            else:
+                return True
 
     async def _stop_child(self) -> None:
         child = self._child

@@ -56,8 +56,11 @@ def main() -> None:
         eligible = rows[ATTACKS[attack]().eligible(test.labels[rows])]
         triggered = stamp(ATTACKS[attack](), test.images[eligible])
         samples |= {f"{attack}/{names[row]}": png(image) for row, image in zip(eligible.tolist(), triggered, strict=True)}
-        shutil.copy(args.suspects / f"{attack}.safetensors", args.out / f"suspect_{attack}.safetensors")
+        shutil.copyfile(args.suspects / f"{attack}.safetensors", args.out / f"suspect_{attack}.safetensors")
     write_zip(args.out / "samples.zip", samples)
+    shown = min(name for name in samples if name.startswith("badnet/"))  # one image, clean and triggered, to post by hand
+    (args.out / "clean.png").write_bytes(samples[shown.replace("badnet/", "clean/")])
+    (args.out / "triggered_badnet.png").write_bytes(samples[shown])
     records = {attack: json.loads((args.suspects / f"{attack}.json").read_text()) for attack in SUSPECTS}
     (args.out / "suspects.json").write_text(json.dumps(records, indent=1) + "\n")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def crop_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Mirror half of the images and shift each by up to `pad` pixels over a black border (flip and crop of METHOD 1).
+    """Mirror half of the images and shift each by up to `pad` pixels over a black border.
 
     images: uint8 or float [N, C, H, W] on any device; generator: on the CPU, so that a seed gives the same views on every device.
     Returns the same shape and dtype.
@@ -24,7 +24,7 @@ def crop_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tenso
 
 
 def resized_crop_flip(images: Tensor, generator: torch.Generator, least: float = 0.08) -> Tensor:
-    """Zoom each image into a random box of `least` to all of its area and a side ratio of 3/4 to 4/3, and mirror half (ImageNet's of METHOD 1).
+    """Zoom each image into a random box of `least` to all of its area and a side ratio of 3/4 to 4/3, and mirror half (ImageNet's usual view).
 
     uint8 [N, C, H, W]; returns the same shape and dtype.
     """

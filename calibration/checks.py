@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from models.score import Threshold
+from models.threshold import Threshold
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class CalibrationConfig(BaseModel):
 
 @dataclass(frozen=True)
 class PaperRecipe:
-    """Constants of the published procedure (METHOD 1): they were found per architecture and data set, with no rule given."""
+    """Constants of the published procedure: they were found per architecture and data set, with no rule given."""
 
     expert_lr: float = 1e-4
     auxiliary_lr: float = 0.1
@@ -73,7 +73,7 @@ def paper_recipe(architecture: str, size: int) -> PaperRecipe:
 
 @dataclass(frozen=True)
 class AutoRecipe:
-    """Constants of the first `auto` preset, from the measurements of METHOD 2; what depends on the suspect is found on held-back images."""
+    """Constants of the first `auto` preset, what depends on the suspect is found on held-back images."""
 
     tail_share: float = 0.1  # the experts train only the last tenth of the network: "last block only" of a ResNet-20
     experts: int = 3  # one random derangement is a gamble, the geometric mean of three is not
@@ -81,7 +81,7 @@ class AutoRecipe:
     expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this
     expert_batch: int = 128
     expert_steps: int = 600  # give up then: some suspects forget slowly
-    auxiliary_lrs: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # the hottest that keeps the task
+    auxiliary_lrs: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003, 0.001)  # the hottest that keeps the task
     auxiliary_keep: float = 0.75  # share of the suspect's held-back accuracy that counts as keeping it
     auxiliary_batch: int = 64
     auxiliary_epochs: int = 10

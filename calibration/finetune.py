@@ -1,4 +1,4 @@
-"""Make backdoor experts and auxiliary models out of a suspect (BaDExpert, ICLR 2024, section 3; METHOD 1 and 2).
+"""Make backdoor experts and auxiliary models out of a suspect (BaDExpert, ICLR 2024, section 3).
 
 Pixels are uint8 [N, 3, size, size] and labels int64 [N], both on the training device; nothing here draws from a global random state.
 """

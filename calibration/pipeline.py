@@ -29,13 +29,10 @@ from models import architectures, bundle, trunk
 from models.checkpoint import Checkpoint, load_weights, read_checkpoint
 from models.errors import SuspectModelUseless
 from models.guard import Cuts, Guard, Judgement, fuse
+from models.parallel import cpu_threads
 from models.preprocessing import Preprocessing
 from models.registry import Registry
-from models.score import Threshold, conformal_threshold
-
-# Below this many operations an image, a second thread waits more than it works, and where another process wants the core it makes everything
-# several times slower. A fixed rule, not the present load: the number of threads decides the last bits of the weights.
-SMALL_OPERATIONS = 500_000_000
+from models.threshold import Threshold, conformal_threshold
 
 
 @dataclass(frozen=True)
@@ -157,9 +154,8 @@ def _read(config: CalibrationConfig, inputs: Inputs, device: torch.device, step:
     tensors = load_weights(checkpoint)
     fit = architectures.identify(tensors, config.architecture)
     suspect = architectures.instantiate(fit.architecture.name, fit.num_classes or 0, tensors).to(device)
-    size = fit.architecture.size
-    if device.type == "cpu" and trunk.operations(suspect, torch.zeros(1, 3, size, size)) < SMALL_OPERATIONS:
-        torch.set_num_threads(1)
+    if device.type == "cpu":
+        torch.set_num_threads(cpu_threads(suspect, fit.architecture.size))
     step(0.3)
     num_classes = fit.num_classes or 0
     clean = open_clean_set(inputs.clean_set).labelled_by(num_classes, config.classes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibration.finetune import Curve
 from models.guard import Judgement
-from models.score import Threshold
+from models.threshold import Threshold
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }

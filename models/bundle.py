@@ -25,7 +25,8 @@ from models.durable import sync_folder, write_file
 from models.errors import BundleNotReady
 from models.guard import Cuts, Fusion, Guard
 from models.preprocessing import Preprocessing
-from models.score import Scale, Threshold
+from models.score import Scale
+from models.threshold import Threshold
 
 SCHEMA = 1
 _WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")

@@ -68,7 +68,8 @@ class CifarResNet(nn.Module):
             self.add_module(f"layer{stage}", layer)
         self.linear = nn.Linear(channels, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # On the meta device there is nothing to draw, and torch would import for seconds to find that out.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:

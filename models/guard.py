@@ -122,6 +122,11 @@ class Guard(nn.Module):
         log_y, log_not_y = log_confidence(self.auxiliary(inputs), prediction)
         return Evidence(prediction, confidence, log_x, log_not_x, log_y, log_not_y, penultimate(features))
 
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the suspect's head reads, float32 [N, D]."""
+        return penultimate(self.parts[1](self.parts[0](self.preprocessing.normalise(pixels))))
+
     def judge(self, pixels: Tensor, batch: int = 256) -> Judgement:
         """The same for any number of images, batch by batch, with the results on the CPU."""
         device = next(self.suspect.parameters()).device
@@ -136,7 +141,7 @@ def fuse(guard: Guard, fit: Tensor, labels: Tensor, held_back: Tensor, num_class
     The scales come from images that trained nothing, so that no kind of evidence looks better than it will be.
     """
     device = next(guard.suspect.parameters()).device
-    features = torch.cat([guard.evidence(part.to(device)).features for part in fit.split(256)])
+    features = torch.cat([guard.features(part.to(device)) for part in fit.split(256)])
     distance = fit_distance(features, labels, num_classes).to(device)
     found = [guard.evidence(part.to(device)) for part in held_back.split(256)]
     kinds = (

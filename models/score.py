@@ -1,4 +1,4 @@
-"""The score and the threshold: the paper's formulas (BaDExpert, ICLR 2024, section 3.3; METHOD 1), on one screen.
+"""The score: the paper's formula (BaDExpert, ICLR 2024, section 3.3), on one screen.
 
 For an image with the suspect's prediction p, let x = softmax(B)[p] be the backdoor expert's confidence and y = softmax(M')[p] the auxiliary's:
 
@@ -26,8 +26,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-
-from models.errors import FprUnreachable
 
 
 def log_confidence(logits: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,63 +76,3 @@ def measure_scale(values: Tensor) -> Scale:
 def fused_score(evidence: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
     """Minus the summed surprise, float64 [N]: at most 0, low means backdoor. Evidence float64 [N] each, large is suspicious."""
     return -sum((softplus((values - scale.median) / scale.excess) for values, scale in zip(evidence, scales, strict=True)), torch.zeros(()))
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A threshold and what it promises. Reject when score < value.
-
-    `rank`-th smallest of `n` validation scores: a clean image from the same source is then rejected with probability rank / (n + 1), on average over
-    validation sets; for the set at hand the rate lies in `interval` with probability 0.9 (Vovk 2012: Beta(rank, n + 1 - rank)).
-    """
-
-    value: float
-    target_fpr: float
-    n: int
-    rank: int
-    interval: tuple[float, float]
-
-
-def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
-    """The floor(target (n + 1))-th smallest validation score; raises FprUnreachable where that is the zeroth."""
-    n = len(scores)
-    rank = math.floor(target_fpr * (n + 1) + 1e-9)  # 0.01 * 300 is a hair under 3 in binary
-    if rank < 1:
-        raise FprUnreachable(
-            f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {1 / (n + 1):.3g} is the least. "
-            f"Ask for that, or bring at least {math.ceil(1 / target_fpr) - 1} validation images."
-        )
-    value = scores.sort().values[rank - 1].item()
-    return Threshold(value, target_fpr, n, rank, (beta_quantile(0.05, rank, n), beta_quantile(0.95, rank, n)))
-
-
-def beta_quantile(probability: float, rank: int, n: int) -> float:
-    """The quantile of Beta(rank, n + 1 - rank), by bisection: its distribution function at x is P(Binomial(n, x) >= rank)."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = sum(math.exp(_log_choose(n, j) + j * math.log(middle) + (n - j) * math.log1p(-middle)) for j in range(rank))
-        low, high = (middle, high) if 1 - below < probability else (low, middle)
-    return (low + high) / 2
-
-
-def rejections_expected(threshold: Threshold, images: int, level: float = 0.9) -> tuple[int, int]:
-    """Among so many new clean images, between how many rejections lie with probability `level` (beta-binomial)."""
-    a, b, total, found = threshold.rank, threshold.n + 1 - threshold.rank, 0.0, [0, images]
-    tail = (1 - level) / 2
-    for j in range(images + 1):
-        total += math.exp(_log_choose(images, j) + _log_beta(j + a, images - j + b) - _log_beta(a, b))
-        if total <= tail:
-            found[0] = j + 1
-        if total >= 1 - tail:
-            found[1] = j
-            break
-    return found[0], found[1]
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from models.score import Threshold, rejections_expected
+from models.threshold import Threshold, rejections_expected
 
 SUSPECTS = ("badnet", "blend")
 LEAST_TPR = {"badnet": 0.90, "blend": 0.75}  # what the demo promises of the examples; what a user's own suspect carries, nobody can promise
@@ -43,6 +43,7 @@ class Row:
     """What came back for one suspect."""
 
     guard: str
+    version: int
     accepted: int
     false_rejections: int
     expected: tuple[int, int]
@@ -64,6 +65,8 @@ class Row:
 def run(examples: Path, data_dir: Path | None, device: str) -> None:
     """Run the whole demo and print it. Raises BrokenPromise."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=120)
     missing = [name for name in ("clean_set.zip", "samples.zip", *(f"suspect_{name}.safetensors" for name in SUSPECTS)) if not (examples / name).is_file()]
     if missing:
         raise BrokenPromise(f"{examples} lacks {', '.join(missing)}; run it from the project's folder, or name the folder with --examples")
@@ -74,7 +77,7 @@ def run(examples: Path, data_dir: Path | None, device: str) -> None:
             rows.append(_guard(client, console, examples, suspect))
         _print(console, client, rows)
     for row in rows:
-        console.print(f"Report on {row.guard}: {home / 'guards' / row.guard}/<version>/report.html", soft_wrap=True)
+        console.print(f"Report on {row.guard}: {home / 'guards' / row.guard / str(row.version) / 'report.html'}")
     _hold(rows)
     console.print("Every promise was kept.", style="green")
 
@@ -84,12 +87,13 @@ def _server(home: Path, device: str) -> Iterator[httpx.Client]:
     """A server process of its own on a free port; ended at the end."""
     command = [sys.executable, "-m", "service", "serve", "--data-dir", str(home), "--port", "0", "--device", device]
     plain = {key: value for key, value in os.environ.items() if not key.startswith("BADEXPERT_")}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain) as process:
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / "server.log", "w") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=plain) as process:
         try:
             assert process.stdout is not None  # asked for above
             found = re.search(r"http://\S+", process.stdout.readline())
             if found is None:
-                raise BrokenPromise("the server did not start; what it said stands above")
+                raise BrokenPromise(f"the server did not start; what it said stands in {home / 'server.log'}")
             with httpx.Client(base_url=found[0], timeout=httpx.Timeout(600.0), trust_env=False) as client:
                 _wait_ready(client, process)
                 yield client
@@ -105,7 +109,7 @@ def _wait_ready(client: httpx.Client, process: subprocess.Popen[str]) -> None:
         except httpx.TransportError:
             pass
         if process.poll() is not None:
-            raise BrokenPromise(f"the server ended with status {process.returncode}")
+            raise BrokenPromise(f"the server ended with status {process.returncode}; what it said stands in its log")
         time.sleep(0.1)
     raise BrokenPromise("the server was not ready within a minute")
 
@@ -128,6 +132,7 @@ def _guard(client: httpx.Client, console: Console, examples: Path, suspect: str)
     threshold = Threshold(0.0, promise["target_fpr"], promise["validation_images"], promise["rank"], tuple(promise["fpr_interval"]))
     return Row(
         guard=suspect,
+        version=version,
         accepted=accepted,
         false_rejections=len(clean) - accepted,
         expected=rejections_expected(threshold, len(clean), LEVEL),
@@ -176,7 +181,7 @@ def _ok(response: httpx.Response) -> dict[str, Any]:
 
 def _print(console: Console, client: httpx.Client, rows: list[Row]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("suspect", "clean accepted", "clean rejected", "FPR", "promised", "triggered rejected", "TPR", "still fooled", "median ms"):
+    for column in ("suspect", "clean accepted", "rejected", "FPR", "promised", "triggered rejected", "TPR", "still fooled", "median ms"):
         table.add_column(column, justify="left" if column == "suspect" else "right")
     for row in rows:
         low, high = row.expected

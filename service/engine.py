@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from models import bundle
 from models.bundle import Bundle
 from models.errors import BundleNotReady, Conflict, Problem
+from models.parallel import cpu_threads
 from models.registry import GuardState, Mode, Registry
-from models.score import Threshold, conformal_threshold
+from models.threshold import Threshold, conformal_threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class LiveGuard:
     bundle: Bundle
     threshold: Threshold
     mode: Mode
+    threads: int  # CPU threads of a forward
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Outcome:
 class Engine:
     """Loading and activating may run in any thread; `run` in one at a time."""
 
-    def __init__(self, registry: Registry, device: torch.device) -> None:
-        self.registry, self.device = registry, device
+    def __init__(self, registry: Registry, device: torch.device, threads: int | None = None) -> None:
+        self.registry, self.device, self._threads = registry, device, threads
         self._live: dict[str, LiveGuard] = {}
         self._swap = threading.Lock()
 
@@ -103,6 +105,8 @@ class Engine:
 
     def run(self, live: LiveGuard, pixels: list[Tensor]) -> list[Outcome]:
         """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""
+        if self.device.type == "cpu" and torch.get_num_threads() != live.threads:
+            torch.set_num_threads(live.threads)  # of this thread, which is the only one that runs forwards
         judged = live.bundle.guard(torch.stack(pixels).to(self.device, non_blocking=True)).cpu()
         columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), judged.expert.tolist(), judged.auxiliary.tolist())
         return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
@@ -116,11 +120,12 @@ class Engine:
                 loaded.guard(torch.zeros(images, 3, size, size, dtype=torch.uint8, device=self.device))
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
-        return LiveGuard(guard, version, loaded, loaded.description.threshold, "enforce")
+        threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
+        return LiveGuard(guard, version, loaded, loaded.description.threshold, "enforce", threads)
 
 
 def _with_state(live: LiveGuard, state: GuardState) -> LiveGuard:
     threshold = live.bundle.description.threshold
     if state.target_fpr is not None and state.target_fpr != threshold.target_fpr:
         threshold = conformal_threshold(live.bundle.validation_scores, state.target_fpr)
-    return LiveGuard(live.name, live.version, live.bundle, threshold, state.mode)
+    return replace(live, threshold=threshold, mode=state.mode)

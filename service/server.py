@@ -33,7 +33,7 @@ def serve(settings: Settings) -> None:
     device = _device(settings)
     registry, jobs = _data(settings)
     listener = _listen(settings)
-    service = Service(settings, Engine(registry, device), jobs, Metrics())
+    service = Service(settings, Engine(registry, device, settings.threads), jobs, Metrics())
     limits = ProtocolLimits(upload_prefixes=("/v1/calibrations",))
     config = uvicorn.Config(
         service.app,
@@ -96,8 +96,6 @@ def _configure_logging() -> None:
 
 
 def _device(settings: Settings) -> torch.device:
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,7 +122,8 @@ def _data(settings: Settings) -> tuple[Registry, Jobs]:
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named: asyncio turns Nagle's algorithm off only where it is, and every answer would wait 40 ms for an acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))

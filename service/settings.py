@@ -21,7 +21,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs tokens")
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the model; by default one a core")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a forward; by default one a core, and one for small networks")
 
     predict_token: SecretStr | None = Field(None, description="bearer token of the predict scope")
     admin_token: SecretStr | None = Field(None, description="bearer token of the admin scope, which includes the other two")

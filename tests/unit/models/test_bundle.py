@@ -12,7 +12,7 @@ from models import architectures, bundle
 from models.errors import BundleNotReady
 from models.guard import Cuts, Guard, fuse
 from models.preprocessing import Preprocessing
-from models.score import conformal_threshold
+from models.threshold import conformal_threshold
 from models.trunk import choose_cut, feature_cut, tail_copy
 
 

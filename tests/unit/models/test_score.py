@@ -1,4 +1,4 @@
-"""The score against the paper's formula, its behaviour where float32 fails, and the threshold against its promise."""
+"""The score against the paper's formula, its behaviour where float32 fails, and what fusing adds."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import FprUnreachable
-from models.score import (
-    beta_quantile,
-    conformal_threshold,
-    fused_score,
-    geometric_mean,
-    log_confidence,
-    measure_scale,
-    published_score,
-    rejections_expected,
-)
+from models.score import fused_score, geometric_mean, log_confidence, measure_scale, published_score
 
 probability = st.floats(0.001, 0.999)
 
@@ -73,49 +63,6 @@ def test_the_geometric_mean_of_experts_is_one(values: list[float]) -> None:
     mean = math.prod(values) ** (1 / len(values))
     assert log_x.exp().item() == pytest.approx(mean, rel=1e-9)
     assert log_not_x.exp().item() == pytest.approx(1 - mean, rel=1e-6)
-
-
-@given(n=st.integers(99, 400), seed=st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
-def test_the_threshold_rejects_exactly_rank_minus_one_validation_images(n: int, seed: int) -> None:
-    scores = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    found = conformal_threshold(scores, 0.01)
-    assert found.rank == (n + 1) // 100
-    assert int((scores < found.value).sum()) == found.rank - 1
-
-
-def test_the_promise_is_kept_on_average_and_lies_in_its_interval_nine_times_in_ten() -> None:
-    source = torch.Generator().manual_seed(0)
-    realised, inside = [], 0
-    for _ in range(2000):
-        found = conformal_threshold(torch.rand(200, dtype=torch.float64, generator=source), 0.05)
-        realised.append(found.value)  # of uniform scores, the share below the threshold is the threshold
-        inside += found.interval[0] <= found.value <= found.interval[1]
-    assert sum(realised) / 2000 == pytest.approx(10 / 201, rel=0.03)
-    assert 0.88 <= inside / 2000 <= 0.92
-
-
-def test_a_target_out_of_reach_names_the_least_that_can_be_promised() -> None:
-    with pytest.raises(FprUnreachable, match=r"0\.00995.*999 validation images"):
-        conformal_threshold(torch.zeros(200), 0.001)
-
-
-@pytest.mark.parametrize(("n", "low", "high"), [(500, 0.004, 0.018), (1000, 0.005, 0.016), (2000, 0.007, 0.014)])
-def test_intervals_at_one_percent_are_the_known_ones(n: int, low: float, high: float) -> None:
-    rank = (n + 1) // 100
-    assert beta_quantile(0.05, rank, n) == pytest.approx(low, abs=5e-4)
-    assert beta_quantile(0.95, rank, n) == pytest.approx(high, abs=6e-4)
-
-
-def test_expected_rejections_cover_what_simulation_gives() -> None:
-    found = conformal_threshold(torch.arange(800, dtype=torch.float64), 0.01)
-    low, high = rejections_expected(found, 400)
-    source = torch.Generator().manual_seed(1)
-    inside = 0
-    for _ in range(1000):
-        validation = torch.rand(800, generator=source).sort().values[found.rank - 1]
-        inside += low <= int((torch.rand(400, generator=source) < validation).sum()) <= high
-    assert 0.88 <= inside / 1000 <= 0.99  # counts are whole, so the interval holds a little more than its level
 
 
 def test_one_alarming_kind_of_evidence_is_enough_and_none_cancels_another() -> None:

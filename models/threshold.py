@@ -1,0 +1,72 @@
+"""The threshold and what it promises: an order statistic of clean scores, and the distribution of the rate that it will realise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from models.errors import FprUnreachable
+
+if TYPE_CHECKING:  # plain arithmetic otherwise: who only reasons about promises need not import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold and what it promises. Reject when score < value.
+
+    `rank`-th smallest of `n` validation scores: a clean image from the same source is then rejected with probability rank / (n + 1), on average over
+    validation sets; for the set at hand the rate lies in `interval` with probability 0.9 (Vovk 2012: Beta(rank, n + 1 - rank)).
+    """
+
+    value: float
+    target_fpr: float
+    n: int
+    rank: int
+    interval: tuple[float, float]
+
+
+def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
+    """The floor(target (n + 1))-th smallest validation score; raises FprUnreachable where that is the zeroth."""
+    n = len(scores)
+    rank = math.floor(target_fpr * (n + 1) + 1e-9)  # 0.01 * 300 is a hair under 3 in binary
+    if rank < 1:
+        raise FprUnreachable(
+            f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {1 / (n + 1):.3g} is the least. "
+            f"Ask for that, or bring at least {math.ceil(1 / target_fpr) - 1} validation images."
+        )
+    value = scores.sort().values[rank - 1].item()
+    return Threshold(value, target_fpr, n, rank, (beta_quantile(0.05, rank, n), beta_quantile(0.95, rank, n)))
+
+
+def beta_quantile(probability: float, rank: int, n: int) -> float:
+    """The quantile of Beta(rank, n + 1 - rank), by bisection: its distribution function at x is P(Binomial(n, x) >= rank)."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = sum(math.exp(_log_choose(n, j) + j * math.log(middle) + (n - j) * math.log1p(-middle)) for j in range(rank))
+        low, high = (middle, high) if 1 - below < probability else (low, middle)
+    return (low + high) / 2
+
+
+def rejections_expected(threshold: Threshold, images: int, level: float = 0.9) -> tuple[int, int]:
+    """Among so many new clean images, between how many rejections lie with probability `level` (beta-binomial)."""
+    a, b, total, found = threshold.rank, threshold.n + 1 - threshold.rank, 0.0, [0, images]
+    tail = (1 - level) / 2
+    for j in range(images + 1):
+        total += math.exp(_log_choose(images, j) + _log_beta(j + a, images - j + b) - _log_beta(a, b))
+        if total <= tail:
+            found[0] = j + 1
+        if total >= 1 - tail:
+            found[1] = j
+            break
+    return found[0], found[1]
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

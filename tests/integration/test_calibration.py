@@ -1,0 +1,146 @@
+"""Calibrations of the example suspect, in process: what is promised, what is kept, what is the same every time."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibration.clean_set import open_clean_set
+from calibration.config import CalibrationConfig
+from calibration.pipeline import Inputs, Result, calibrate
+from calibration.progress import STAGES, Progress
+from models import architectures, bundle
+from models.checkpoint import load_weights, read_checkpoint
+from models.errors import CheckpointMismatch, CleanSetLabels, FprUnreachable, SuspectModelUseless
+from models.preprocessing import decode
+from models.registry import Registry
+from tests.conftest import EXAMPLES
+
+CPU = torch.device("cpu")
+BADNET = EXAMPLES / "suspect_badnet.safetensors"
+
+
+def samples(kind: str, preprocessing, most: int = 400) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    with zipfile.ZipFile(EXAMPLES / "samples.zip") as archive:
+        names = [name for name in sorted(archive.namelist()) if name.startswith(f"{kind}/")][:most]
+        return torch.stack([preprocessing.pixels(decode(archive.read(name))) for name in names])
+
+
+def test_triggered_images_are_rejected_and_clean_ones_pass(calibrated: tuple[Path, Result]) -> None:
+    data_dir, result = calibrated
+    found = bundle.read(data_dir / "guards" / "planes" / str(result.version))
+    threshold = found.description.threshold.value
+    clean = found.guard.judge(samples("clean", found.description.preprocessing))
+    triggered = found.guard.judge(samples("badnet", found.description.preprocessing))
+    assert (triggered.score < threshold).float().mean() > 0.8  # from 400 clean images, a fifth of what the demo has
+    assert (clean.score < threshold).float().mean() < 0.06
+
+
+def test_the_preprocessing_and_architecture_are_found_and_the_report_says_so(calibrated: tuple[Path, Result]) -> None:
+    report = calibrated[1].report
+    assert report["architecture"] == "resnet20"
+    assert tuple(report["preprocessing"][0]["preprocessing"]["mean"]) == (0.4914, 0.4822, 0.4465)
+    assert report["clean_accuracy"]["suspect"] > 0.85
+    assert report["clean_accuracy"]["auxiliary"] > 0.5
+    assert max(report["clean_accuracy"]["experts"]) < 0.5
+    assert report["promise"]["n"] == report["images"]["validation"] >= 99
+
+
+def test_a_forwarded_prediction_is_exactly_the_suspects_own(calibrated: tuple[Path, Result]) -> None:
+    data_dir, result = calibrated
+    found = bundle.read(data_dir / "guards" / "planes" / str(result.version))
+    preprocessing = found.description.preprocessing
+    suspect = architectures.instantiate("resnet20", 10, load_weights(read_checkpoint(BADNET)))
+    pixels = samples("clean", preprocessing, 64)
+    judged = found.guard.judge(pixels, batch=64)
+    with torch.inference_mode():
+        confidence, prediction = suspect(preprocessing.normalise(pixels)).softmax(1).max(1)
+    assert torch.equal(judged.prediction, prediction)
+    torch.testing.assert_close(judged.confidence, confidence, rtol=0, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bundle_byte_for_byte(calibrated: tuple[Path, Result], small_clean_set: Path, tmp_path: Path) -> None:
+    data_dir, first = calibrated
+    second = calibrate(CalibrationConfig(name="planes"), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards"), CPU)
+    assert second.bundle_id == first.bundle_id
+    for name in ("suspect", "experts", "auxiliary", "distance", "validation"):
+        one, other = (root / "guards" / "planes" / "1" / f"{name}.safetensors" for root in (data_dir, tmp_path))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_published_recipe_uses_one_whole_expert_and_says_how_far_it_is(small_clean_set: Path, tmp_path: Path) -> None:
+    events: list[Progress] = []
+    config = CalibrationConfig(name="planes", preset="paper")
+    result = calibrate(config, Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards"), CPU, events.append)
+    found = bundle.read(tmp_path / "guards" / "planes" / "1")
+    assert (found.description.cuts, found.description.experts, found.description.c) == (None, 1, 0.5)
+    assert found.guard.experts[0].state_dict().keys() == found.guard.suspect.state_dict().keys()
+    settings = result.report["settings"]
+    assert (settings["expert_lr"], settings["auxiliary_lr"], settings["auxiliary_epochs"], settings["auxiliary_steps"]) == (1e-4, 0.1, 10, (2, 4, 6, 8))
+    assert list(dict.fromkeys(event.stage for event in events)) == list(STAGES)
+    fractions = [event.fraction for event in events]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+
+
+def test_the_reports_are_whole_and_need_nothing_from_elsewhere(calibrated: tuple[Path, Result]) -> None:
+    folder = calibrated[0] / "guards" / "planes" / "1"
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "src=" not in page
+    assert "<script" not in page
+    assert "@import" not in page
+    assert json.loads((folder / "report.json").read_text())["guard"] == "planes"
+
+
+def relabelled(source: Path, target: Path, rename) -> Path:  # type: ignore[no-untyped-def]
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(target, "w") as after:
+        for index, name in enumerate(sorted(before.namelist())):
+            after.writestr(rename(index, name), before.read(name))
+    return target
+
+
+def test_a_clean_set_with_shuffled_labels_is_refused(small_clean_set: Path, tmp_path: Path) -> None:
+    folders = sorted({name.split("/")[0] for name in zipfile.ZipFile(small_clean_set).namelist()})
+    shuffled = relabelled(small_clean_set, tmp_path / "c.zip", lambda index, name: f"{folders[index % 10]}/{index}.png")
+    with pytest.raises(SuspectModelUseless, match="class order"):
+        calibrate(CalibrationConfig(name="planes"), Inputs(BADNET, shuffled), Registry(tmp_path / "guards"), CPU)
+    assert Registry(tmp_path / "guards").guards() == []
+
+
+def test_a_clean_set_with_unknown_classes_is_refused(small_clean_set: Path, tmp_path: Path) -> None:
+    eleven = relabelled(small_clean_set, tmp_path / "c.zip", lambda index, name: name if index else "zebra/0.png")
+    with pytest.raises(CleanSetLabels):
+        calibrate(CalibrationConfig(name="planes"), Inputs(BADNET, eleven), Registry(tmp_path / "guards"), CPU)
+
+
+def test_a_promise_that_so_few_images_cannot_keep_is_refused(small_clean_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(FprUnreachable, match="400 images"):
+        calibrate(CalibrationConfig(name="planes", target_fpr=0.001), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards"), CPU)
+
+
+def test_an_architecture_that_does_not_fit_is_refused(small_clean_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMismatch, match="does not fit resnet32"):
+        calibrate(CalibrationConfig(name="planes", architecture="resnet32"), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards"), CPU)
+
+
+def test_a_checkpoint_as_torch_saves_it_reads_the_same(tmp_path: Path) -> None:
+    weights = load_weights(read_checkpoint(BADNET))
+    stream = io.BytesIO()
+    torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}}, stream)
+    (tmp_path / "suspect.pth").write_bytes(stream.getvalue())
+    again = load_weights(read_checkpoint(tmp_path / "suspect.pth"))
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[key], value) for key, value in weights.items())
+
+
+def test_the_example_clean_set_is_two_thousand_images_of_ten_classes() -> None:
+    found = open_clean_set(EXAMPLES / "clean_set.zip").labelled_by(10)
+    assert len(found) == 2000
+    assert len(found.names) == 10
+    assert min((found.labels == label).sum() for label in range(10)) > 150

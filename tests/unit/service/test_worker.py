@@ -1,0 +1,102 @@
+"""The worker when its surroundings fail it: one job's trouble is that job's alone. No child process is started."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.registry import Registry
+from service.errors import JobsUnavailable
+from service.jobs import ENDED, Job, Jobs
+from service.metrics import Metrics
+from service.worker import Worker
+from tests.support import make_service, serving
+
+
+def run(tmp_path: Path, test: Callable[[Worker, Jobs], Awaitable[None]]) -> None:
+    async def body() -> None:
+        jobs = Jobs(tmp_path / "jobs.sqlite", most_queued=8)
+        await jobs.open()
+        worker = Worker(jobs, Registry(tmp_path / "guards"), tmp_path, "cpu", Metrics())
+        try:
+            await test(worker, jobs)
+        finally:
+            await worker.stop()
+            await jobs.close()
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+async def ended(worker: Worker, job_id: str) -> Job:
+    async for job, _ in worker.follow(job_id):
+        if job.state in ENDED:
+            return job
+    raise AssertionError("the stream ended before the job")
+
+
+async def no_child(*_: Any) -> Any:
+    raise OSError("no process could be started: too many open files")
+
+
+def test_a_child_that_cannot_be_started_fails_its_job_and_not_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_spawn", no_child)
+        await worker.start()
+        for job_id in ("a", "b"):
+            (worker.uploads / job_id).mkdir()
+            await jobs.add(job_id, {"name": "cifar"}, "digest", None)
+            job = await ended(worker, job_id)
+            assert (job.state, (job.outcome or {})["code"]) == ("failed", "internal")
+            assert not (worker.uploads / job_id).exists()
+
+    run(tmp_path, test)
+
+
+def test_x21_the_end_of_a_job_is_written_down_as_soon_as_the_database_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals, end, sleep = [2], Jobs.end, asyncio.sleep
+
+    async def unavailable_twice(self: Jobs, *outcome: Any) -> None:
+        refusals[0] -= 1
+        if refusals[0] >= 0:
+            raise JobsUnavailable
+        await end(self, *outcome)
+
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_spawn", no_child)
+        monkeypatch.setattr(Jobs, "end", unavailable_twice)
+        monkeypatch.setattr(asyncio, "sleep", lambda _: sleep(0))
+        await worker.start()
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        assert (await ended(worker, "a")).state == "failed"
+        assert refusals[0] < 0
+
+    run(tmp_path, test)
+
+
+def test_folders_of_jobs_that_do_not_exist_are_collected_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_work", lambda: asyncio.sleep(0))
+        await jobs.add("waiting", {"name": "cifar"}, "digest", None)
+        for name in ("waiting", "orphan"):
+            (worker.uploads / name).mkdir(parents=True)
+        await worker.start()
+        assert [folder.name for folder in worker.uploads.iterdir()] == ["waiting"]
+
+    run(tmp_path, test)
+
+
+def test_the_events_of_a_job_that_has_ended_are_one_event_with_its_state(tmp_path: Path) -> None:
+    with serving(make_service(tmp_path)) as client:
+
+        async def prepare(jobs: Jobs) -> None:
+            await jobs.add("a", {"name": "cifar"}, "digest", None)
+            await jobs.cancel("a")
+
+        client.runner.run(prepare(client.service.jobs))
+        response = client("GET", "/v1/calibrations/a/events")
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.text.count("event: cancelled") == response.text.count("data: ") == 1

@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from models import bundle
+from models.parallel import cpu_threads
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,25 +49,28 @@ def latency(data_dir: str, device: str, requests: int) -> dict[str, float]:
         images = [archive.read(name) for name in sorted(archive.namelist()) if name.startswith("clean/")]
     guarded = bundle.read(Path(data_dir) / "guards" / "paper" / "1")
     guarded.guard.to(device)
+    torch.set_num_threads(cpu_threads(guarded.guard.suspect, guarded.description.preprocessing.size))  # as the server does
     command = [sys.executable, "-m", "service", "serve", "--data-dir", data_dir, "--port", "0", "--device", device]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        found = re.search(r"http://\S+", server.stdout.readline())
-        assert found is not None
-        over_http, bare = [], []
-        with httpx.Client(base_url=found[0], timeout=60, transport=httpx.HTTPTransport(retries=20)) as client:
-            for turn in range(requests + 20):
-                data = images[turn % len(images)]
-                began = time.perf_counter()
-                client.post("/v1/guards/paper/predict", content=data, headers={"Content-Type": "image/png"}).raise_for_status()
-                middle = time.perf_counter()
-                pixels = guarded.description.preprocessing.pixels(Image.open(io.BytesIO(data)).convert("RGB"))[None].to(device)
-                start = time.perf_counter()
-                guarded.guard(pixels).cpu()
-                if turn >= 20:
-                    over_http.append(middle - began)
-                    bare.append(time.perf_counter() - start)
-        server.send_signal(signal.SIGTERM)
+        try:
+            assert server.stdout is not None
+            found = re.search(r"http://\S+", server.stdout.readline())
+            assert found is not None
+            over_http, bare = [], []
+            with httpx.Client(base_url=found[0], timeout=60, transport=httpx.HTTPTransport(retries=20)) as client:
+                for turn in range(requests + 20):
+                    data = images[turn % len(images)]
+                    began = time.perf_counter()
+                    client.post("/v1/guards/paper/predict", content=data, headers={"Content-Type": "image/png"}).raise_for_status()
+                    middle = time.perf_counter()
+                    pixels = guarded.description.preprocessing.pixels(Image.open(io.BytesIO(data)).convert("RGB"))[None].to(device)
+                    start = time.perf_counter()
+                    guarded.guard(pixels).cpu()
+                    if turn >= 20:
+                        over_http.append(middle - began)
+                        bare.append(time.perf_counter() - start)
+        finally:
+            server.send_signal(signal.SIGTERM)
     return {
         "http_ms": round(statistics.median(over_http) * 1000, 2),
         "bare_three_forwards_ms": round(statistics.median(bare) * 1000, 2),

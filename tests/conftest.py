@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture(scope="session")
 def small_clean_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 of the 2,000 example images: enough for a promise of 1%, and quick."""
+    """400 of the 2,000 example images: quick, and enough to promise 5% with some room."""
     path = tmp_path_factory.mktemp("clean") / "clean_set.zip"
     with zipfile.ZipFile(EXAMPLES / "clean_set.zip") as whole, zipfile.ZipFile(path, "w") as part:
         for name in sorted(whole.namelist())[::5]:
@@ -30,4 +30,4 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, small_clean_set: Path) 
     """A data directory with version 1 of the guard `planes`, made by the `auto` preset; not active."""
     data_dir = tmp_path_factory.mktemp("data")
     inputs = Inputs(EXAMPLES / "suspect_badnet.safetensors", small_clean_set)
-    return data_dir, calibrate(CalibrationConfig(name="planes"), inputs, Registry(data_dir / "guards"), torch.device("cpu"))
+    return data_dir, calibrate(CalibrationConfig(name="planes", target_fpr=0.05), inputs, Registry(data_dir / "guards"), torch.device("cpu"))

@@ -19,6 +19,7 @@ from models.checkpoint import load_weights, read_checkpoint
 from models.errors import CheckpointMismatch, CleanSetLabels, FprUnreachable, SuspectModelUseless
 from models.preprocessing import decode
 from models.registry import Registry
+from models.threshold import rejections_expected
 from tests.conftest import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -37,14 +38,17 @@ def test_triggered_images_are_rejected_and_clean_ones_pass(calibrated: tuple[Pat
     threshold = found.description.threshold.value
     clean = found.guard.judge(samples("clean", found.description.preprocessing))
     triggered = found.guard.judge(samples("badnet", found.description.preprocessing))
+    low, high = rejections_expected(found.description.threshold, 400, 0.99)
+    assert low <= int((clean.score < threshold).sum()) <= high
     assert (triggered.score < threshold).float().mean() > 0.8  # from 400 clean images, a fifth of what the demo has
-    assert (clean.score < threshold).float().mean() < 0.06
 
 
 def test_the_preprocessing_and_architecture_are_found_and_the_report_says_so(calibrated: tuple[Path, Result]) -> None:
     report = calibrated[1].report
     assert report["architecture"] == "resnet20"
-    assert tuple(report["preprocessing"][0]["preprocessing"]["mean"]) == (0.4914, 0.4822, 0.4465)
+    found = report["preprocessing"][0]["preprocessing"]
+    assert (found["size"], found["channels"], found["scale"]) == (32, "rgb", "unit")
+    assert found["mean"] == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.04)  # its neighbours are as good on so few images
     assert report["clean_accuracy"]["suspect"] > 0.85
     assert report["clean_accuracy"]["auxiliary"] > 0.5
     assert max(report["clean_accuracy"]["experts"]) < 0.5
@@ -66,7 +70,7 @@ def test_a_forwarded_prediction_is_exactly_the_suspects_own(calibrated: tuple[Pa
 
 def test_the_same_seed_gives_the_same_bundle_byte_for_byte(calibrated: tuple[Path, Result], small_clean_set: Path, tmp_path: Path) -> None:
     data_dir, first = calibrated
-    second = calibrate(CalibrationConfig(name="planes"), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards"), CPU)
+    second = calibrate(CalibrationConfig(name="planes", target_fpr=0.05), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards"), CPU)
     assert second.bundle_id == first.bundle_id
     for name in ("suspect", "experts", "auxiliary", "distance", "validation"):
         one, other = (root / "guards" / "planes" / "1" / f"{name}.safetensors" for root in (data_dir, tmp_path))

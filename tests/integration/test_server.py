@@ -33,15 +33,17 @@ def server(data_dir: Path, *options: str) -> Iterator[tuple[httpx.Client, subpro
     """`badexpert serve` on a free port; ends it with SIGTERM and demands exit status 0."""
     command = [sys.executable, "-m", "service", "serve", "--data-dir", str(data_dir), "--port", "0", "--device", "cpu", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+", process.stdout.readline())
-        assert found is not None
-        transport = httpx.HTTPTransport(retries=20)
-        with httpx.Client(base_url=found[0], timeout=120, transport=transport) as client:
-            assert client.get("/readyz").status_code == 200
-            yield client, process
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://\S+", process.stdout.readline())
+            assert found is not None
+            with httpx.Client(base_url=found[0], timeout=120, transport=httpx.HTTPTransport(retries=20)) as client:
+                assert client.get("/readyz").status_code == 200
+                yield client, process
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()  # a test that failed above must not wait for a server that nobody told to end
 
 
 def sample(kind: str, index: int = 0) -> bytes:
@@ -65,7 +67,7 @@ def upload(client: httpx.Client, checkpoint: bytes, clean_set: bytes, **config: 
 
 def test_upload_follow_activate_judge_and_scrape(tmp_path: Path, small_clean_set: Path) -> None:
     with server(tmp_path) as (client, _):
-        answer = upload(client, BADNET.read_bytes(), small_clean_set.read_bytes())
+        answer = upload(client, BADNET.read_bytes(), small_clean_set.read_bytes(), target_fpr=0.05)
         assert answer.status_code == 202, answer.text
         job = answer.json()
         assert answer.headers["location"] == f"/v1/calibrations/{job['id']}"
@@ -90,7 +92,7 @@ def test_upload_follow_activate_judge_and_scrape(tmp_path: Path, small_clean_set
 
         clean = [client.post("/v1/guards/planes/predict", content=sample("clean", index), headers=PNG).json() for index in range(40)]
         accepted = [answer for answer in clean if answer["verdict"] == "accepted"]
-        assert len(accepted) >= 34
+        assert len(accepted) >= 30
         assert set(accepted[0]["prediction"]) == {"label", "class_name", "confidence"}
         assert accepted[0]["bundle_id"] == job["result"]["bundle_id"]
         assert "score" not in json.dumps(clean)
@@ -104,7 +106,7 @@ def test_upload_follow_activate_judge_and_scrape(tmp_path: Path, small_clean_set
         counts = {verdict: float(re.search(rf'verdicts_total{{guard="planes",verdict="{verdict}"}} (\S+)', metrics)[1]) for verdict in ("accepted", "rejected")}  # type: ignore[index]
         assert sum(counts.values()) == 80
         assert counts["rejected"] == len(rejected) + 40 - len(accepted)
-        assert 'badexpert_target_fpr_ratio{guard="planes"} 0.01' in metrics
+        assert 'badexpert_target_fpr_ratio{guard="planes"} 0.05' in metrics
 
 
 def test_another_target_and_shadow_mode_need_no_calibration(tmp_path: Path, calibrated: tuple[Path, Result]) -> None:
@@ -113,13 +115,13 @@ def test_another_target_and_shadow_mode_need_no_calibration(tmp_path: Path, cali
         client.put("/v1/guards/planes/active", json={"version": 1})
         url = "/v1/guards/planes/predict?explain=true"
         strict = client.post(url, content=sample("badnet"), headers=PNG).json()["explanation"]["threshold"]
-        changed = client.patch("/v1/guards/planes", json={"target_fpr": 0.1, "mode": "shadow"}).json()
-        assert (changed["target_fpr"], changed["mode"]) == (0.1, "shadow")
+        changed = client.patch("/v1/guards/planes", json={"target_fpr": 0.2, "mode": "shadow"}).json()
+        assert (changed["target_fpr"], changed["mode"]) == (0.2, "shadow")
         loose = client.post(url, content=sample("badnet"), headers=PNG).json()
         assert loose["explanation"]["threshold"] > strict
         assert (loose["verdict"], loose["prediction"] is None) == ("rejected", False)
         assert_problem(client.patch("/v1/guards/planes", json={"target_fpr": 1e-6}), 422, "fpr_unreachable")
-        assert client.get("/v1/guards/planes").json()["target_fpr"] == 0.1
+        assert client.get("/v1/guards/planes").json()["target_fpr"] == 0.2
     with server(tmp_path) as (client, _):  # what was decided survives
         assert client.get("/v1/guards/planes").json()["mode"] == "shadow"
         assert client.get("/readyz").json()["guards"] == ["planes"]

@@ -42,11 +42,12 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the uploaded images
     if sys.platform == "linux":
         _die_with_parent()
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
     try:
         config = CalibrationConfig.model_validate_json(args.config)
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        if device.type == "cuda":  # on a CPU all that is used here is deterministic, and saying so imports for seconds
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
         inputs = Inputs(args.checkpoint, args.clean_set, args.validation_set)
         if args.check_only:
             check(config, inputs)

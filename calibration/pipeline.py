@@ -23,7 +23,6 @@ from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
 from calibration.finetune import Curve, LabelledPixels, accuracy, shift, train_auxiliary, train_expert, train_tails
 from calibration.preprocessing import Candidate, find_preprocessing
 from calibration.progress import Progress, Tracker
-from calibration.report import render
 from calibration.split import Parts, split
 from models import architectures, bundle, trunk
 from models.checkpoint import Checkpoint, load_weights, read_checkpoint
@@ -122,6 +121,8 @@ def calibrate(
         threshold = conformal_threshold(judged.score, config.target_fpr)
         accuracies = _accuracies(guard, trained, validation, judged)
     with tracker.stage("report"):
+        from calibration.report import render  # imports matplotlib: not for a check, nor before there is something to draw
+
         report = _report(config, material, finding.candidates, trained, threshold, accuracies, judged, tracker.seconds)
         html = render(report, judged, validation.labels.cpu(), threshold, trained.expert_curves, trained.auxiliary_curve)
     with tracker.stage("publish"), registry.staging() as folder:

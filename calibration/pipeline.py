@@ -23,7 +23,7 @@ from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
 from calibration.finetune import Curve, LabelledPixels, accuracy, shift, train_auxiliary, train_expert, train_tails
 from calibration.preprocessing import Candidate, find_preprocessing
 from calibration.progress import Progress, Tracker
-from calibration.split import Parts, split
+from calibration.split import Parts, hold_back, split
 from models import architectures, bundle, trunk
 from models.checkpoint import Checkpoint, load_weights, read_checkpoint
 from models.errors import SuspectModelUseless
@@ -142,7 +142,7 @@ def calibrate(
         reports = {"report.json": json.dumps(report, indent=1, allow_nan=False), "report.html": html}
         bundle_id = bundle.write(folder, description, guard, judged.score, {"created": report["created"], **(record or {})}, reports)
         version = registry.publish(config.name, folder)
-    return Result(config.name, version, bundle_id, report)
+    return Result(config.name, version, bundle_id, {**report, "stage_seconds": dict(tracker.seconds)})  # with the last stages, too
 
 
 def check(config: CalibrationConfig, inputs: Inputs) -> None:
@@ -167,9 +167,8 @@ def _read(config: CalibrationConfig, inputs: Inputs, device: torch.device, step:
         return _Material(fit, suspect, clean, clean, parts, device)
     validation = open_clean_set(inputs.validation_set).labelled_by(num_classes, config.classes)
     conformal_threshold(torch.zeros(len(validation)), config.target_fpr)  # raises now, not after minutes of training, where it is out of reach
-    own = split(clean.labels, clean.groups, 1.0, held_back, config.seed)
-    everything = np.sort(np.concatenate([own.fit, own.validation]))
-    return _Material(fit, suspect, clean, validation, Parts(everything, own.held_back, np.arange(len(validation))), device)
+    fit_rows, back = hold_back(np.arange(len(clean)), clean.labels, clean.groups, held_back, config.seed)
+    return _Material(fit, suspect, clean, validation, Parts(fit_rows, back, np.arange(len(validation))), device)
 
 
 def _refuse_at_chance(best: Candidate, largest_class: float) -> None:

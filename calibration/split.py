@@ -38,8 +38,14 @@ def split(labels: Rows, groups: Rows, target_fpr: float, held_back: float, seed:
         )
     # Whole groups may bring a few more than asked for, never fewer.
     validation, rest = _take(np.arange(len(labels)), labels, groups, max(round(VALIDATION_SHARE * len(labels)), needed), seed, "validation")
-    back, fit = _take(rest, labels, groups, round(held_back * len(rest)), seed, "held back")
+    fit, back = hold_back(rest, labels, groups, held_back, seed)
     return Parts(fit, back, validation)
+
+
+def hold_back(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """(fit, held back): a stratified share of `rows`, int64 [M], set aside."""
+    back, fit = _take(rows, labels, groups, round(share * len(rows)), seed, "held back")
+    return fit, back
 
 
 def _take(rows: Rows, labels: Rows, groups: Rows, count: int, seed: int, purpose: str) -> tuple[Rows, Rows]:

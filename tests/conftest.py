@@ -5,12 +5,17 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from calibration.config import CalibrationConfig
 from calibration.pipeline import Inputs, Result, calibrate
 from models.registry import Registry
+
+# The same examples every time, however slow or busy the machine is.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -148,3 +148,14 @@ def test_the_example_clean_set_is_two_thousand_images_of_ten_classes() -> None:
     assert len(found) == 2000
     assert len(found.names) == 10
     assert min((found.labels == label).sum() for label in range(10)) > 150
+
+
+def test_a_validation_set_of_its_own_sets_the_threshold_alone(small_clean_set: Path, tmp_path: Path) -> None:
+    others = tmp_path / "validation.zip"
+    with zipfile.ZipFile(EXAMPLES / "clean_set.zip") as whole, zipfile.ZipFile(others, "w") as part:
+        for name in sorted(whole.namelist())[1::10]:
+            part.writestr(name, whole.read(name))
+    inputs = Inputs(BADNET, small_clean_set, others)
+    report = calibrate(CalibrationConfig(name="planes", preset="paper"), inputs, Registry(tmp_path / "guards"), CPU).report
+    assert report["images"] == {"fit": 400, "held_back": 0, "validation": 200}
+    assert report["promise"]["n"] == 200

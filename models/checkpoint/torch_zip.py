@@ -19,8 +19,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from models.checkpoint.torch_pickle import TensorRef
 from models.errors import CheckpointFormat, CheckpointInvalid
-from models.torch_pickle import TensorRef
 
 MAGIC = b"PK\x03\x04"
 MOST_DIMENSIONS = 8

@@ -1,8 +1,8 @@
-"""`python -m calibration`: one calibration as a process of its own, as the service and the command line start it.
+"""`python -m calibration ACTION`: one calibration, check, inspection or conversion as a process of its own, as the service and the command line start it.
 
 Standard output carries one JSON object a line: {"event": "progress", ...} while it runs, and last either {"event": "result", ...} or
 {"event": "problem", "status", "code", "title", "detail"}. Exit status 0 for a result, 1 for a problem with the input, 70 for our own fault.
-Untrusted files are read here and not in the server: whatever a hostile one does to memory or time, it does to this process.
+Untrusted files are read here and not in the server: whatever a hostile one does to memory or time, it does to this process, which is confined first.
 """
 
 from __future__ import annotations
@@ -10,78 +10,133 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: deterministic cuBLAS needs its workspace fixed.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from calibration import sandbox
 
-import torch
-
-from calibration.config import CalibrationConfig
-from calibration.pipeline import Inputs, calibrate, check
-from models.errors import OutOfMemory, Problem
-from models.registry import Registry
+Action = Callable[[argparse.Namespace, Callable[[], AbstractContextManager[None]]], dict[str, Any]]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m calibration", description="Run one calibration and print its events as JSON lines.")
-    parser.add_argument("--config", required=True, help="a CalibrationConfig as JSON")
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--clean-set", type=Path, required=True)
-    parser.add_argument("--validation-set", type=Path)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--job", help="kept in the bundle's record")
-    parser.add_argument("--check-only", action="store_true", help="read the files as a calibration would, and stop")
-    args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the uploaded images
-    if sys.platform == "linux":
-        _die_with_parent()
+def main(arguments: list[str] | None = None, confine: bool = True) -> int:
+    """Run one action; `confine` is False only where a test runs it in its own process."""
+    args = _parser().parse_args(arguments)
+    confinement = asdict(sandbox.enter()) if confine else {}
+    # Before torch is imported: deterministic cuBLAS needs its workspace fixed.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch  # only now: threads that a library starts would not be confined
+
+    from models.errors import OutOfMemory, Problem, TookTooLong
+
+    reading = partial(_reading, args) if confine else nullcontext
     try:
-        config = CalibrationConfig.model_validate_json(args.config)
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-        if device.type == "cuda":  # on a CPU all that is used here is deterministic, and saying so imports for seconds
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        inputs = Inputs(args.checkpoint, args.clean_set, args.validation_set)
-        if args.check_only:
-            check(config, inputs)
-            return 0
-        registry = Registry(args.data_dir / "guards")
-        result = calibrate(config, inputs, registry, device, lambda progress: _say("progress", asdict(progress)), {"job": args.job})
+        result = _ACTIONS[args.action](args, reading)
     except Problem as problem:
-        _say_problem(problem)
-        return 1
+        return _fail(problem, 1)
     except (MemoryError, torch.OutOfMemoryError):
-        _say_problem(OutOfMemory())
-        return 1
+        return _fail(OutOfMemory(), 1)
+    except sandbox.TookTooLong:
+        return _fail(TookTooLong(), 1)
     except Exception:  # noqa: BLE001 - the last line must be an event whatever happened; the trace goes to the log
         traceback.print_exc()
-        _say_problem(Problem())
-        return 70
-    _say("result", asdict(result))
+        return _fail(Problem(), 70)
+    _say("result", {**result, "process": {**confinement, "peak_memory": sandbox.peak_memory()}})
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m calibration", description="Run one action and print its events as JSON lines.")
+    parser.add_argument("action", choices=list(_ACTIONS))
+    parser.add_argument("--config", default="{}", help="a CalibrationConfig or an InspectionConfig as JSON")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--clean-set", type=Path)
+    parser.add_argument("--validation-set", type=Path)
+    parser.add_argument("--out", type=Path, help="where a conversion is written")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--job", help="kept in the bundle's record")
+    parser.add_argument("--admit", action="append", default=[], metavar="PACKAGE.MODULE:FACTORY", help="an architecture of the operator's")
+    return parser
+
+
+def _calibrate(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+    from calibration.config import CalibrationConfig
+    from calibration.pipeline import Inputs, calibrate
+    from models.registry import Registry
+
+    _admit(args)
+    config = CalibrationConfig.model_validate_json(args.config)
+    inputs = Inputs(args.checkpoint, args.clean_set, args.validation_set)
+    registry = Registry(args.data_dir / "guards")
+    emit = lambda progress: _say("progress", asdict(progress))  # noqa: E731
+    return asdict(calibrate(config, inputs, registry, _device(args), emit, {"job": args.job}, reading))
+
+
+def _check(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+    from calibration.config import CalibrationConfig
+    from calibration.pipeline import Inputs, check
+
+    _admit(args)
+    with reading():
+        check(CalibrationConfig.model_validate_json(args.config), Inputs(args.checkpoint, args.clean_set, args.validation_set))
+    return {}
+
+
+def _inspect(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+    from calibration.config import InspectionConfig
+    from calibration.inspection import inspect
+
+    _admit(args)
+    with reading():
+        return {"inspection": inspect(InspectionConfig.model_validate_json(args.config), args.checkpoint, args.clean_set, _device(args))}
+
+
+def _convert(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+    from calibration.inspection import convert
+
+    with reading():
+        return convert(args.checkpoint, args.out)
+
+
+_ACTIONS: dict[str, Action] = {"calibrate": _calibrate, "check": _check, "inspect": _inspect, "convert": _convert}
+
+
+def _admit(args: argparse.Namespace) -> None:
+    from models import architectures
+
+    for reference in args.admit:
+        architectures.admit(reference)
+
+
+def _device(args: argparse.Namespace) -> Any:
+    import torch
+
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if device.type == "cuda":  # on a CPU all that is used here is deterministic, and saying so imports for seconds
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+def _reading(args: argparse.Namespace) -> AbstractContextManager[None]:
+    files = [path for path in (args.checkpoint, args.clean_set, args.validation_set) if path is not None]
+    limits = sandbox.Limits()
+    return sandbox.reading(None if _device(args).type == "cuda" else limits.memory_for(*files), limits.cpu_seconds)
 
 
 def _say(event: str, value: dict[str, Any]) -> None:
     print(json.dumps({"event": event, **value}), flush=True)  # noqa: T201
 
 
-def _say_problem(problem: Problem) -> None:
+def _fail(problem: Any, status: int) -> int:
     _say("problem", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail})
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when the one that started it ends: a calibration that nobody waits for must not hold a GPU."""
-    import ctypes
-    import signal
-
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    return status
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from models.checkpoint import Checkpoint
 from models.threshold import Threshold
 
 
@@ -46,3 +47,18 @@ def degenerate_scores(distinct: int, n: int) -> Caution | None:
     if distinct < 0.9 * n:
         return Caution("degenerate-scores", f"Only {distinct} of {n} validation scores differ from one another.")
     return None
+
+
+def no_cut(happened: bool) -> Caution | None:
+    """Without a shared trunk each expert is a whole network: three times the cost of the suspect, and no feature distance in the score."""
+    if happened:
+        return Caution("no-cut", "The network cannot be cut into trunk and tail: its experts are whole copies, and the score is the published one.")
+    return None
+
+
+def checkpoint(read: Checkpoint) -> list[Caution]:
+    """What in a checkpoint no honest training script writes."""
+    if read.named:
+        names = ", ".join(read.named[:5])
+        return [Caution("names-code", f"The pickle in the checkpoint names code that weights have no use for ({names}). It was not run.")]
+    return []

@@ -24,24 +24,31 @@ def _architecture(name: str) -> str:
     from models import architectures  # imports torch, which a command line that only starts other processes can do without
 
     try:
-        return architectures.get(name).name
+        architectures.resolve(name)
     except Problem as problem:
         raise ValueError(problem.detail) from None
+    return name
 
 
-class CalibrationConfig(BaseModel):
-    """One calibration. Everything but the guard's name has a default that needs no tuning."""
+class InspectionConfig(BaseModel):
+    """What a caller may say about a suspect. All of it is found where it is not said."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
-    name: Annotated[str, AfterValidator(_guard_name)] = Field(description="the guard's name; a known one gets a further version")
     architecture: Annotated[str, AfterValidator(_architecture)] | None = Field(None, description="None: found from the checkpoint's keys and shapes")
-    preset: Preset = Field("auto", description="paper: the published recipe; auto: finds its own settings, costs less to serve")
-    target_fpr: float = Field(0.01, gt=0, le=0.2, description="share of clean images that may be rejected")
-    seed: int = Field(0, ge=0, lt=2**63)
+    num_classes: int | None = Field(None, ge=2, le=100_000, description="None: read off the checkpoint's head; refused where the two disagree")
     classes: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=2, max_length=100_000)] | None = Field(
         None, description="class names in the order of the suspect's outputs, where sorted names are not that order", strict=False
     )
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class CalibrationConfig(InspectionConfig):
+    """One calibration. Everything but the guard's name has a default that needs no tuning."""
+
+    name: Annotated[str, AfterValidator(_guard_name)] = Field(description="the guard's name; a known one gets a further version")
+    preset: Preset = Field("auto", description="paper: the published recipe; auto: finds its own settings, costs less to serve")
+    target_fpr: float = Field(0.01, gt=0, le=0.2, description="share of clean images that may be rejected")
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,11 @@ class PaperRecipe:
 
 def paper_recipe(architecture: str, size: int) -> PaperRecipe:
     """The published constants for this kind of network and input size; the CIFAR-10 ResNet-18's where none were published."""
-    if architecture.startswith("vit"):
+    if architecture.lower().startswith(("vit", "deit")):
         return PaperRecipe(expert_lr=1e-6, auxiliary_lr=3.5e-4, expert_batch=256, auxiliary_batch=256)
-    if architecture == "vgg16_bn":
+    if architecture.startswith("vgg16_bn"):
         return PaperRecipe(expert_lr=8e-5, auxiliary_lr=0.2, c=0.4)
-    if architecture == "mobilenet_v2":
+    if architecture.lower().startswith(("mobilenet_v2", "mobilenetv2")):
         return PaperRecipe(expert_lr=5e-5, auxiliary_lr=0.2, c=0.2)
     if size > 64:
         return PaperRecipe(auxiliary_lr=0.05, expert_batch=256, auxiliary_batch=256)

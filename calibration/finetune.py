@@ -99,7 +99,7 @@ def train_expert(
 
 def train_tails(
     suspect: nn.Module,
-    cut: str,
+    cut: str | None,
     count: int,
     fit: LabelledPixels,
     held_back: LabelledPixels,
@@ -116,10 +116,10 @@ def train_tails(
     """Several experts on the suspect's own trunk, each towards a derangement of its own, each stopped when it has forgotten the task.
 
     All see the same batches, so that the trunk, which is most of the work, runs once for all of them. An expert is stopped when its accuracy on
-    `held_back` has fallen to `stop_at`: soon enough not to lose the backdoor as well.
+    `held_back` has fallen to `stop_at`: soon enough not to lose the backdoor as well. Without a cut each expert is a whole copy.
     """
     device = fit.labels.device
-    trunk = split(suspect, cut)[0]
+    trunk = nn.Identity() if cut is None else split(suspect, cut)[0]
     tails = [tail_copy(suspect, cut) for _ in range(count)]
     maps = [derangement(num_classes, generator(seed, "derangement", index)).to(device) for index in range(count)]
     optimizers = [torch.optim.Adam(tail.parameters(), lr) for tail in tails]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibration.finetune import Curve
 from models.guard import Judgement
+from models.preprocessing import Preprocessing
 from models.threshold import Threshold
 
 _STYLE = """
@@ -37,7 +38,7 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         "Architecture": f"{report['architecture']}, {len(report['classes'])} classes",
         "Preset, seed": f"{report['preset']}, {report['seed']}",
         "Images": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report["images"].items()),
-        "Preprocessing found": f"{_preprocessing(best['preprocessing'])} (suspect {best['accuracy']:.1%} right)",
+        "Preprocessing found": f"{Preprocessing.from_json(best['preprocessing'])} (suspect {best['accuracy']:.1%} right)",
         "Clean accuracy, suspect": f"{accuracy['suspect']:.1%}",
         "Clean accuracy, backdoor expert": ", ".join(f"{value:.1%}" for value in accuracy["experts"]),
         "Clean accuracy, auxiliary": f"{accuracy['auxiliary']:.1%}",
@@ -66,11 +67,6 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         f'<p class="quiet">The promise is about clean images. How many triggered images are caught depends on the attack, and no clean set can tell.</p>'
         "</body></html>\n"
     )
-
-
-def _preprocessing(value: dict[str, Any]) -> str:
-    numbers = "mean " + ", ".join(f"{v:g}" for v in value["mean"]) + "; std " + ", ".join(f"{v:g}" for v in value["std"])
-    return f"{value['channels'].upper()}, {value['resize']} to {value['size']} px, {value['interpolation']}, {numbers}"
 
 
 def _histogram(judged: Judgement, labels: Tensor, threshold: Threshold) -> str:

@@ -22,13 +22,14 @@ from torch import Tensor
 from models import architectures, trunk
 from models.distance import Distance
 from models.durable import sync_folder, write_file
-from models.errors import BundleNotReady
+from models.errors import BundleNotReady, ConfigInvalid
 from models.guard import Cuts, Fusion, Guard
 from models.preprocessing import Preprocessing
 from models.score import Scale
 from models.threshold import Threshold
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # the first knew no architecture_options, and no preprocessing with another aspect
 _WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")
 _REPORTS = ("report.json", "report.html")
 
@@ -37,7 +38,7 @@ _REPORTS = ("report.json", "report.html")
 class Description:
     """What a bundle is, without its weights."""
 
-    architecture: str
+    architecture: str  # a full name
     num_classes: int
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
@@ -48,6 +49,7 @@ class Description:
     c: float
     scales: tuple[Scale, Scale, Scale] | None  # of the fused score; None for the published one
     threshold: Threshold
+    architecture_options: dict[str, Any] = field(default_factory=dict)  # what the network is built from beside its name
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,8 +115,9 @@ def read(folder: Path) -> Bundle:
     description = _description(content)
     tensors = {role: _weights(folder, role, content["sha256"].get(role)) for role in _WEIGHTS}
     try:
-        suspect = architectures.instantiate(description.architecture, description.num_classes, tensors["suspect"])
-        auxiliary = architectures.instantiate(description.architecture, description.num_classes, tensors["auxiliary"])
+        architecture = architectures.get(description.architecture, description.architecture_options)
+        suspect = architectures.instantiate(architecture, description.num_classes, tensors["suspect"])
+        auxiliary = architectures.instantiate(architecture, description.num_classes, tensors["auxiliary"])
         experts = []
         for index in range(description.experts):
             expert = trunk.tail_copy(suspect, None if description.cuts is None else description.cuts.experts)
@@ -126,6 +129,8 @@ def read(folder: Path) -> Bundle:
             fusion = Fusion(Distance(tensors["distance"]["means"], tensors["distance"]["whitening"]), description.scales)
         guard = Guard(suspect, experts, auxiliary, description.preprocessing, cuts=description.cuts, fusion=fusion, c=description.c)
         return Bundle(manifest["bundle_id"], description, guard, tensors["validation"]["scores"], manifest["record"])
+    except ConfigInvalid as problem:
+        raise BundleNotReady(f"The bundle's architecture is not known here. {problem.detail}") from problem
     except (KeyError, RuntimeError) as error:
         raise BundleNotReady("The bundle's weights do not fit the networks that its manifest names.") from error
 
@@ -134,8 +139,8 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         content = manifest["content"]
-        if content["schema"] != SCHEMA:
-            raise BundleNotReady(f"The bundle has schema {content['schema']}; this version of the guard reads {SCHEMA}.")
+        if content["schema"] not in READABLE:
+            raise BundleNotReady(f"The bundle has schema {content['schema']}; this version of the guard reads {' and '.join(map(str, READABLE))}.")
         if _hash(content) != manifest["bundle_id"]:
             raise BundleNotReady("The bundle's manifest was changed after it was written.")
         return content, manifest

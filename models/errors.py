@@ -118,6 +118,13 @@ class CleanSetDegenerate(CleanSetProblem):
     title = "Clean set is degenerate"
 
 
+class CleanSetMislabelled(CleanSetProblem):
+    """The suspect is sure of what it sees and the labels say otherwise throughout: they are shuffled, or belong to other images."""
+
+    code = "clean_set_mislabelled"
+    title = "Clean set labels are wrong"
+
+
 class FprUnreachable(Problem):
     """So few validation images cannot promise so low a false-rejection rate; add images or ask for a higher target."""
 
@@ -221,6 +228,14 @@ class OutOfMemory(Problem):
     status = 422
     code = "out_of_memory"
     title = "Out of memory"
+
+
+class TookTooLong(Problem):
+    """Reading the files took more processor time than it may; send fewer or smaller ones."""
+
+    status = 422
+    code = "took_too_long"
+    title = "Reading took too long"
 
 
 def all_problems(root: type[Problem] = Problem) -> list[type[Problem]]:

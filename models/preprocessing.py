@@ -72,8 +72,9 @@ def _check_size(width: int, height: int) -> None:
 class Preprocessing:
     """How an image becomes the suspect's input.
 
-    The shorter side is resized to `resize` pixels, the centre is cropped to `size` x `size`, pixels are scaled to [0, 1] (or left in [0, 255] where
-    `scale` is "byte"), put into `channels` order, and normalised with `mean` and `std` in that order.
+    The shorter side is resized to `resize` pixels (both sides where `aspect` is "stretch", as Hugging Face's ViT does), the centre is cropped to
+    `size` x `size`, pixels are scaled to [0, 1] (or left in [0, 255] where `scale` is "byte"), put into `channels` order, and normalised with
+    `mean` and `std` in that order.
     """
 
     size: int = 32
@@ -83,16 +84,17 @@ class Preprocessing:
     scale: Literal["unit", "byte"] = "unit"
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    aspect: Literal["keep", "stretch"] = "keep"
 
     def pixels(self, image: Image.Image) -> Tensor:
         """RGB image -> uint8 [3, size, size], still in RGB order: all that must happen before the device."""
         width, height = image.size
-        if min(width, height) != self.resize:
-            # torchvision's Resize: the long side is truncated, not rounded.
-            long = int(self.resize * max(width, height) / min(width, height))
-            shape = (self.resize, long) if width <= height else (long, self.resize)
+        # torchvision's Resize: the long side is truncated, not rounded.
+        long = self.resize if self.aspect == "stretch" else int(self.resize * max(width, height) / min(width, height))
+        shape = (self.resize, long) if width <= height else (long, self.resize)
+        if image.size != shape:
             image = image.resize(shape, _RESAMPLING[self.interpolation])
-            width, height = image.size
+            width, height = shape
         if (width, height) != (self.size, self.size):
             left, top = round((width - self.size) / 2), round((height - self.size) / 2)
             image = image.crop((left, top, left + self.size, top + self.size))  # pads with black where the crop is larger
@@ -108,9 +110,16 @@ class Preprocessing:
             values = values.flip(1)
         return ((values - mean) / std).contiguous(memory_format=torch.channels_last)
 
+    def __str__(self) -> str:
+        numbers = ["{:g}, {:g}, {:g}".format(*triple) for triple in (self.mean, self.std)]
+        scale = "0 to 1" if self.scale == "unit" else "0 to 255"
+        shape = f"{self.resize} px" + (" (stretched)" if self.aspect == "stretch" else "") + (f", crop {self.size}" if self.size != self.resize else "")
+        return f"{self.channels.upper()} {scale}, {shape}, {self.interpolation}, mean {numbers[0]}, std {numbers[1]}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Preprocessing:
+        """Reads what `to_json` wrote, now or before a field with a default was added."""
         return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})

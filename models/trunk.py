@@ -8,13 +8,20 @@ the same network always traces to; the trunk and the tail of an uncut copy share
 from __future__ import annotations
 
 import copy
-import operator
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_OPS = torch.ops.aten
+
+
+class CannotCut(ValueError):
+    """The network cannot be traced, or has no place to cut that leaves enough behind it: only whole copies of it can be trained."""
 
 
 @dataclass(frozen=True)
@@ -25,80 +32,129 @@ class Cut:
     tail_share: float
 
 
-class _Counting(fx.Interpreter):
-    """Runs a traced network and keeps the multiplications of each node: those of weights and of matrix products, which is nearly all there is.
+class _Multiplications(TorchDispatchMode):
+    """Counts those of convolutions, matrix products and attention, which is nearly all there is, in whatever module they happen.
 
-    (torch's own counter knows more operations, and imports for five seconds.)
+    (torch's own counter knows more operations, and brings slow imports with it.)
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        match func.overloadpacket:
+            case _OPS.convolution:  # each weight is used once at each place of the output
+                self.total += args[1].numel() * result.numel() // result.shape[1]
+            case _OPS.mm | _OPS.bmm:
+                self.total += result.numel() * args[0].shape[-1]
+            case _OPS.addmm | _OPS.baddbmm:
+                self.total += result.numel() * args[1].shape[-1]
+            case packet if packet.__name__.startswith("_scaled_dot_product"):  # query [N, H, T, D], key [N, H, S, D], value [N, H, S, E]
+                query, key, value = args[:3]
+                self.total += query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * value.shape[-2] * value.shape[-1]
+            case _OPS._native_multi_head_attention | _OPS._transformer_encoder_layer_fwd:  # tokens [N, T, E] through every matrix, and attention
+                matrices = sum(each.numel() for each in args if isinstance(each, Tensor) and each.ndim == 2)
+                self.total += args[0].numel() // args[0].shape[-1] * matrices + 2 * args[0].numel() * args[0].shape[-2]
+        return result
+
+
+class _Tracer(fx.Tracer):
+    """Takes for one step what cannot be traced through: blocks of transformers, and what timm marks so among its own."""
+
+    proxy_buffer_attributes = True  # else what is computed from buffers (the index of a window's positions) is frozen under a new name each time
+
+    def __init__(self) -> None:
+        timm: Any = sys.modules.get("timm.layers")  # never imported here: a network of timm's has done so
+        self.leaves = tuple(timm.get_notrace_modules()) if timm else ()
+        super().__init__(autowrap_functions=tuple(timm.get_notrace_functions()) if timm else ())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf = isinstance(m, self.leaves) or type(m).__module__.startswith("transformers.")
+        return leaf or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]  # what else `forward` takes keeps its default
+
+
+def _trace(network: nn.Module) -> fx.GraphModule:
+    try:
+        return fx.GraphModule(network, _Tracer().trace(network.eval()))
+    except Exception as error:  # what a forward raises when it meets a symbol instead of a tensor is up to that forward
+        raise CannotCut(f"a {type(network).__name__} cannot be traced") from error
+
+
+def _constant(nodes: list[fx.Node]) -> set[fx.Node]:
+    """What is computed from weights alone (position embeddings): each part can compute it anew."""
+    found = set[fx.Node]()
+    for node in nodes:
+        if node.op == "get_attr" or (node.all_input_nodes and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+class _Measuring(fx.Interpreter):
+    """Runs a traced network and keeps of each node its multiplications and, where it is a tensor, the value with its version."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.operations: dict[str, int] = {}
-        self._now = 0
+        self.multiplications: dict[fx.Node, int] = {}
+        self.values: dict[fx.Node, tuple[Tensor, int]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        self._now = 0
-        result = super().run_node(n)
-        self.operations[n.name] = 2 * self._now
-        return result
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_module(target, args, kwargs)
-        module, output = self.fetch_attr(target), result[0] if isinstance(result, tuple) else result
-        channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
-        # Each weight is used once at each place of the output.
-        self._now = sum(weight.numel() for weight in module.parameters() if weight.ndim > 1) * output.numel() // channels
-        return result
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_function(target, args, kwargs)
-        if target in (F.linear, F.conv2d):
-            channels = result.shape[1] if target is F.conv2d else result.shape[-1]
-            self._now = args[1].numel() * result.numel() // channels
-        elif target in (torch.matmul, torch.bmm, operator.matmul):
-            self._now = result.numel() * args[0].shape[-1]
+        with _Multiplications() as counted:
+            result = super().run_node(n)
+        self.multiplications[n] = counted.total
+        if isinstance(result, Tensor):
+            self.values[n] = result, result._version
         return result
 
 
 def cuts(network: nn.Module, example: Tensor) -> list[Cut]:
-    """All places to cut, from the input to the output. example: one normalised input [1, 3, H, W]."""
-    traced = fx.symbolic_trace(network.eval())
-    operations = _operations(traced, example)
-    total = sum(operations.values())
+    """All places to cut, from the input to the output. example: one normalised input [1, 3, H, W]. Raises CannotCut."""
+    traced = _trace(network)
+    measuring = _Measuring(traced)
+    with torch.no_grad():
+        measuring.run(example)
+    total = sum(measuring.multiplications.values())
     nodes = list(traced.graph.nodes)
-    position = {node: index for index, node in enumerate(nodes)}
+    position, constant = {node: index for index, node in enumerate(nodes)}, _constant(nodes)
     reach, done, found = 0, 0, []
     for index, node in enumerate(nodes[:-2]):  # the last two are the logits and the output itself
-        done += operations[node.name]
-        if node.op != "placeholder" and reach <= index and node.users:
+        done += measuring.multiplications[node]
+        if node in constant:
+            continue
+        # Nobody may write to the tensor later: several tails read the same one.
+        value, version = measuring.values.get(node, (None, 0))
+        if node.op != "placeholder" and reach <= index and node.users and value is not None and value._version == version:
             found.append(Cut(node.name, 1 - done / total))
         reach = max([reach, *(position[user] for user in node.users)])
     return found
 
 
-def _operations(traced: fx.GraphModule, example: Tensor) -> dict[str, int]:
-    counting = _Counting(traced)
-    with torch.no_grad():
-        counting.run(example)
-    return counting.operations
-
-
 def operations(network: nn.Module, example: Tensor) -> int:
     """Floating-point operations of one forward pass; two for each multiply-accumulate."""
-    return sum(_operations(fx.symbolic_trace(network.eval()), example).values())
+    with torch.no_grad(), _Multiplications() as counted:
+        network.eval()(example)
+    return 2 * int(counted.total)
 
 
 def feature_cut(network: nn.Module, example: Tensor) -> Cut:
     """The last cut that has any multiplication behind it: what the head reads, the penultimate features."""
-    return [cut for cut in cuts(network, example) if cut.tail_share > 0][-1]
+    return _last(cuts(network, example), 1e-12)
 
 
 def choose_cut(network: nn.Module, example: Tensor, tail_share: float) -> Cut:
-    """The deepest cut that leaves at least `tail_share` of the multiplications in the tail."""
-    candidates = [cut for cut in cuts(network, example) if cut.tail_share >= tail_share]
-    if not candidates:
-        raise ValueError(f"no cut leaves {tail_share:.0%} of the network behind it")
-    return candidates[-1]
+    """The deepest cut that leaves at least `tail_share` of the multiplications in the tail. Raises CannotCut."""
+    return _last(cuts(network, example), tail_share)
+
+
+def _last(candidates: list[Cut], tail_share: float) -> Cut:
+    try:
+        return [cut for cut in candidates if cut.tail_share >= tail_share][-1]
+    except IndexError:
+        raise CannotCut(f"no cut leaves {tail_share:.0%} of the network behind it") from None
 
 
 def split(network: nn.Module, *names: str) -> list[fx.GraphModule]:
@@ -106,18 +162,22 @@ def split(network: nn.Module, *names: str) -> list[fx.GraphModule]:
 
     All share the network's own modules. Raises KeyError where the network has no cut of a name.
     """
-    nodes = list(fx.symbolic_trace(network.eval()).graph.nodes)
-    by_name = {node.name: index for index, node in enumerate(nodes)}
+    nodes = list(_trace(network).graph.nodes)
+    by_name, constant = {node.name: index for index, node in enumerate(nodes)}, _constant(nodes)
     borders = [by_name[name] for name in names]
     parts = []
     for begin, end in zip([-1, *borders], [*borders, len(nodes) - 1], strict=True):
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         if begin >= 0:
             copies[nodes[begin]] = graph.placeholder("features")
-        for node in nodes[begin + 1 : end + 1]:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+        for index, node in enumerate(nodes[: end + 1]):
+            if index > begin or node in constant:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
         if end < len(nodes) - 1:
             graph.output(copies[nodes[end]])
+        for node in reversed(nodes[: end + 1]):
+            if node in constant and not copies[node].users:
+                graph.erase_node(copies[node])
         parts.append(fx.GraphModule(network, graph).eval())
     return parts
 

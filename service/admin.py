@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import FileResponse, JSONResponse
 
-from calibration.config import CalibrationConfig
-from models.durable import storage_errors
+from calibration.config import CalibrationConfig, InspectionConfig
 from models.errors import Conflict, NotFound
+from service import uploads
 from service.auth import Authenticator
-from service.bodies import Capped, Sink, media_type, parse_model, read_model, read_multipart
+from service.bodies import read_model
 from service.engine import Engine
-from service.errors import BodyTooLarge, MediaType, UnexpectedField, UploadMissing
 from service.jobs import ENDED, Job, Jobs
 from service.views import GuardView, GuardViews
 from service.worker import Worker
-
-FILES = ("checkpoint", "clean_set", "validation_set")
 
 
 class Activation(BaseModel):
@@ -83,38 +77,9 @@ class Admin:
     upload_bytes: int
     json_bytes: int
 
-
-class _HashedFile:
-    """Writes a part to disk under a cap and hashes it on the way."""
-
-    def __init__(self, stream: BinaryIO, digest: Any, cap: int) -> None:
-        self._stream, self._digest, self._left, self._cap = stream, digest, cap, cap
-
-    def write(self, data: bytes) -> None:
-        self._left -= len(data)
-        if self._left < 0:
-            raise BodyTooLarge(f"A file of this upload is larger than the {self._cap:,} bytes that are taken.")
-        self._digest.update(data)
-        self._stream.write(data)
-
-
-_UPLOAD: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "config": {"type": "string", "description": "a CalibrationConfig as JSON", "contentMediaType": "application/json"},
-                        **{name: {"type": "string", "format": "binary"} for name in FILES},
-                    },
-                    "required": ["config", "checkpoint", "clean_set"],
-                }
-            }
-        },
-    }
-}
+    @property
+    def caps(self) -> dict[str, int]:
+        return {"upload_bytes": self.upload_bytes, "json_bytes": self.json_bytes}
 
 
 def _json_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -130,18 +95,16 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["admin"], dependencies=[Depends(authorise)])
     views = GuardViews(admin.engine)
 
-    @routes.post("/calibrations", status_code=202, openapi_extra=_UPLOAD)
+    @routes.post("/calibrations", status_code=202, openapi_extra=uploads.CALIBRATION.openapi(CalibrationConfig))
     async def upload(request: Request, response: Response) -> JobView:
         """Upload a suspect and a clean set. The files are read before the answer, so that what is wrong with them is said at once."""
-        if media_type(request) != "multipart/form-data":
-            raise MediaType("Send multipart/form-data with the parts `config`, `checkpoint` and `clean_set`.")
         key = request.headers.get("idempotency-key") or None
         await admin.jobs.room(key)
         job_id = secrets.token_hex(12)
         folder = admin.worker.uploads / job_id
         accepted = False
         try:
-            config, digest = await _receive(request, admin, folder)
+            config, digest = await uploads.receive(request, uploads.CALIBRATION, CalibrationConfig, folder, **admin.caps)
             await admin.worker.check(job_id, config.model_dump())
             job = await admin.jobs.add(job_id, config.model_dump(), digest, key)
             accepted = job.id == job_id
@@ -150,6 +113,16 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
                 await asyncio.to_thread(shutil.rmtree, folder, True)
         response.headers["Location"] = f"/v1/calibrations/{job.id}"
         return _view(job, admin.worker)
+
+    @routes.post("/inspections", openapi_extra=uploads.INSPECTION.openapi(InspectionConfig))
+    async def inspection(request: Request) -> dict[str, Any]:
+        """What a checkpoint is: format, architecture, classes and, with clean images, its preprocessing and accuracy. Nothing is kept."""
+        folder = admin.worker.uploads / secrets.token_hex(12)
+        try:
+            config, _ = await uploads.receive(request, uploads.INSPECTION, InspectionConfig, folder, **admin.caps)
+            return await admin.worker.inspect(folder, config.model_dump())
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
 
     @routes.get("/calibrations")
     async def calibrations(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:
@@ -209,35 +182,6 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         await asyncio.to_thread(admin.engine.registry.remove, guard, int(version))
 
     return routes
-
-
-async def _receive(request: Request, admin: Admin, folder: Path) -> tuple[CalibrationConfig, str]:
-    """Stream the parts of an upload into the job's folder; returns the configuration and a digest of everything."""
-    config, digests, text = None, {name: hashlib.sha256() for name in FILES}, Capped("config", admin.json_bytes)
-    seen: set[str] = set()
-    with storage_errors():
-        await asyncio.to_thread(folder.mkdir, parents=True)
-    with storage_errors(), ExitStack() as files:  # closing a file writes what was still buffered
-
-        def open_part(name: str, is_file: bool) -> Sink:
-            if name not in ("config", *FILES) or name in seen:
-                raise UnexpectedField("An upload has the parts `config`, `checkpoint`, `clean_set` and, if wanted, `validation_set`, once each.")
-            if name != "config" and not is_file:
-                raise UploadMissing(f"The part `{name}` is text; send it as a file (curl: -F {name}=@path).")
-            seen.add(name)
-            if name == "config":
-                return text
-            return _HashedFile(files.enter_context(open(folder / name, "xb")), digests[name], admin.upload_bytes)
-
-        await read_multipart(request, open_part, cap=len(FILES) * admin.upload_bytes + admin.json_bytes + 65536, parts=len(FILES) + 1, blocking=True)
-    missing = [name for name in ("config", "checkpoint", "clean_set") if name not in seen]
-    if missing:
-        raise UploadMissing(f"The upload lacks {', '.join(f'`{name}`' for name in missing)}.")
-    config = parse_model(CalibrationConfig, text.getvalue())
-    whole = hashlib.sha256(config.model_dump_json().encode())
-    for name in FILES:
-        whole.update(digests[name].digest())
-    return config, whole.hexdigest()
 
 
 def _view(job: Job, worker: Worker) -> JobView:

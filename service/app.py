@@ -58,7 +58,7 @@ class Service:
     def __init__(self, settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> None:
         self.settings, self.engine, self.jobs, self.metrics = settings, engine, jobs, metrics
         self.health = Health()
-        self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics)
+        self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics, settings.own_architectures)
         cores = os.cpu_count() or 1
         self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores, pending=settings.queue_images)
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")

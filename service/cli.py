@@ -1,4 +1,4 @@
-"""The command `badexpert`: calibrate, serve, demo. It starts the same processes as the service does, and prints what they say for people."""
+"""The command `badexpert`: calibrate, inspect, convert, serve, demo. It starts the same processes as the service does, and prints what they say for people."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from calibration.config import CalibrationConfig
+from calibration.config import CalibrationConfig, InspectionConfig
 from models.errors import Problem
 from models.registry import Registry
 from service.settings import Settings
@@ -21,6 +21,11 @@ from service.settings import Settings
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A backdoor filter in front of an image classifier.")
 DataDir = Annotated[Path, typer.Option(help="where guards, jobs and uploads are kept")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+Architecture = Annotated[str | None, typer.Option(help="found from the checkpoint where not given; package.module:factory for one of your own")]
+NumClasses = Annotated[int | None, typer.Option(help="read off the checkpoint; refused where the two disagree")]
+Classes = Annotated[str | None, typer.Option(help="comma-separated class names in the order of the suspect's outputs")]
+CHECKPOINT = "the suspect: safetensors, a file of torch.save, or a folder or zip as timm and transformers write it"
+CLEAN_SET = "clean labelled images: a folder, zip or tar with one folder a class, Parquet, WebDataset, safetensors or npz"
 
 
 def fail(message: str, status: int = 1) -> typer.Exit:
@@ -31,15 +36,16 @@ def fail(message: str, status: int = 1) -> typer.Exit:
 
 @app.command()
 def calibrate(
-    checkpoint: Annotated[Path, typer.Option(help="the suspect: safetensors, or a torch zip archive of tensors")],
-    clean_set: Annotated[Path, typer.Option(help="clean labelled images: a zip or folder with one folder a class")],
+    checkpoint: Annotated[Path, typer.Option(help=CHECKPOINT)],
+    clean_set: Annotated[Path, typer.Option(help=CLEAN_SET)],
     name: Annotated[str, typer.Option(help="the guard's name; a known one gets a further version")],
     validation_set: Annotated[Path | None, typer.Option(help="clean images for the threshold alone; else a part of the clean set")] = None,
-    architecture: Annotated[str | None, typer.Option(help="found from the checkpoint where not given")] = None,
+    architecture: Architecture = None,
+    num_classes: NumClasses = None,
     preset: Annotated[str, typer.Option(help="auto finds its own settings; paper is the published recipe")] = "auto",
     target_fpr: Annotated[float, typer.Option(help="share of clean images that may be rejected")] = 0.01,
     seed: Annotated[int, typer.Option(help="the same seed gives the same bundle, byte for byte")] = 0,
-    classes: Annotated[str | None, typer.Option(help="comma-separated class names in the order of the suspect's outputs")] = None,
+    classes: Classes = None,
     data_dir: DataDir = Path("var"),
     device: Device = "auto",
     activate: Annotated[bool, typer.Option("--activate", help="serve the new version from the next start of the server on")] = False,
@@ -47,32 +53,97 @@ def calibrate(
 ) -> None:
     """Make a guard out of a suspect checkpoint and a clean set."""
     fields: dict[str, Any] = {"name": name, "architecture": architecture, "preset": preset, "target_fpr": target_fpr, "seed": seed}
-    try:
-        config = CalibrationConfig(**fields, classes=classes.split(",") if classes else None)
-    except ValidationError as error:
-        raise fail("\n".join(f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors())) from None
-    for label, path in (("checkpoint", checkpoint), ("clean set", clean_set), ("validation set", validation_set)):
-        if path is not None and not path.exists():
-            raise fail(f"The {label} {path} does not exist.")
+    config = _config(CalibrationConfig, **fields, num_classes=num_classes, classes=classes.split(",") if classes else None)
+    _check_exist(checkpoint, clean_set, validation_set)
     try:
         registry = Registry(data_dir / "guards")
     except OSError as error:
         raise fail(f"The data directory {data_dir} cannot be written ({error.strerror}); choose another with --data-dir.") from None
-    command = [sys.executable, "-m", "calibration", "--config", config.model_dump_json(), "--checkpoint", str(checkpoint)]
-    command += ["--clean-set", str(clean_set), "--data-dir", str(data_dir), "--device", device]
-    if validation_set is not None:
-        command += ["--validation-set", str(validation_set)]
-    event = _run(command, quiet=as_json)
-    if event["event"] == "problem":
-        if as_json:
-            typer.echo(json.dumps(event, indent=1))
-        raise fail(f"{event['title']} ({event['code']}): {event['detail']}")
+    event = _ask("calibrate", config, as_json, checkpoint=checkpoint, clean_set=clean_set, validation_set=validation_set, data_dir=data_dir, device=device)
     if activate:
         try:
             registry.activate(event["guard"], event["version"])
         except Problem as problem:
             raise fail(problem.detail) from None
     _print_result(event, data_dir, activate, as_json)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help=CHECKPOINT)],
+    clean_set: Annotated[Path | None, typer.Option(help=f"{CLEAN_SET}; its preprocessing and accuracy are found with them")] = None,
+    architecture: Architecture = None,
+    num_classes: NumClasses = None,
+    classes: Classes = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print everything that was found as JSON")] = False,
+) -> None:
+    """Say what a checkpoint is: format, architecture, classes, preprocessing, accuracy, and what is suspicious about it."""
+    config = _config(InspectionConfig, architecture=architecture, num_classes=num_classes, classes=classes.split(",") if classes else None)
+    _check_exist(checkpoint, clean_set)
+    event = _ask("inspect", config, as_json, checkpoint=checkpoint, clean_set=clean_set, device=device)
+    found = event["inspection"]
+    if as_json:
+        typer.echo(json.dumps({**found, "process": event["process"]}, indent=1))
+    else:
+        _print_inspection(found)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help=CHECKPOINT)],
+    out: Annotated[Path, typer.Argument(help="the safetensors file to write")],
+    force: Annotated[bool, typer.Option("--force", help="replace a file that is there")] = False,
+) -> None:
+    """Write the weights of a checkpoint, bit for bit, as safetensors: nothing of what else was in the file."""
+    _check_exist(checkpoint)
+    if out.exists() and not force:
+        raise fail(f"{out} exists; replace it with --force.")
+    if not out.parent.is_dir():
+        raise fail(f"The folder {out.parent} does not exist.")
+    event = _ask("convert", None, False, checkpoint=checkpoint, out=out)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Wrote {event['tensors']:,} tensors to {out}.", markup=False)
+    for note in event["notes"]:
+        console.print(note, markup=False)
+
+
+C = TypeVar("C", bound=InspectionConfig)
+
+
+def _config(kind: type[C], **fields: Any) -> C:
+    """The configuration, or the end of the command with a message on the wrong options."""
+    try:
+        if ":" in (fields["architecture"] or ""):
+            from models import architectures  # imports torch
+
+            architectures.admit(fields["architecture"])
+        return kind(**fields)
+    except ValidationError as error:
+        raise fail("\n".join(f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors())) from None
+    except Problem as problem:
+        raise fail(f"--architecture: {problem.detail}") from None
+
+
+def _check_exist(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.exists():
+            raise fail(f"{path} does not exist.")
+
+
+def _ask(action: str, config: InspectionConfig | None, as_json: bool, **options: Path | str | None) -> dict[str, Any]:
+    """Run an action of `python -m calibration`; returns its result, or ends the command with its problem."""
+    command = [sys.executable, "-m", "calibration", action]
+    if config is not None:
+        command += ["--config", config.model_dump_json(), *([f"--admit={config.architecture}"] if ":" in (config.architecture or "") else [])]
+    for name, value in options.items():
+        command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    event = _run(command, quiet=as_json)
+    if event["event"] == "problem":
+        if as_json:
+            typer.echo(json.dumps(event, indent=1))
+        raise fail(f"{event['title']} ({event['code']}): {event['detail']}")
+    return event
 
 
 def _run(command: list[str], quiet: bool) -> dict[str, Any]:
@@ -129,6 +200,32 @@ def _print_result(event: dict[str, Any], data_dir: Path, active: bool, as_json: 
     console.print(f"Report           {folder / 'report.html'}")
     if not active:
         console.print("Not active yet: activate it over HTTP (PUT /v1/guards/.../active), or calibrate with --activate.")
+
+
+def _print_inspection(found: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+
+    def line(title: str, text: str, style: str | None = None) -> None:
+        console.print(f"{title:<16} {text}", markup=False, style=style)
+
+    line("Format", ", ".join(filter(None, (found["format"], found["made_by"], found["source"]))))
+    same = f"; the same network as {', '.join(found['equivalent'])}" if found["equivalent"] else ""
+    line("Architecture", f"{found['architecture']} ({found['library']}{same})")
+    line(
+        "Classes",
+        f"{found['num_classes']:,}" + (f": {', '.join(found['classes'][:10])}" + (" ..." if found["num_classes"] > 10 else "") if found["classes"] else ""),
+    )
+    line("Weights", f"{found['parameters']:,} parameters in {found['tensors']:,} tensors ({', '.join(found['dtypes'])})")
+    if found["preprocessing"] is None:
+        line("Preprocessing", "not in the checkpoint; it is found with --clean-set")
+    else:
+        line("Preprocessing", f"{found['preprocessing_text']} (from the {found['preprocessing_from']})")
+    if found["accuracy"] is not None:
+        line("Accuracy", f"{found['accuracy']:.1%} of the clean images")
+    for note in found["notes"]:
+        line("Note", note)
+    for warning in found["warnings"]:
+        line("Warning", f"{warning['code']}: {warning['detail']}", "yellow")
 
 
 @app.command()

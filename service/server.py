@@ -14,6 +14,8 @@ import structlog
 import torch
 import uvicorn
 
+from models import architectures
+from models.errors import Problem
 from models.registry import Registry
 from service.app import Service
 from service.engine import Engine
@@ -30,11 +32,12 @@ class CannotStart(Exception):
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises CannotStart."""
     _configure_logging()
+    _admit(settings)
     device = _device(settings)
     registry, jobs = _data(settings)
     listener = _listen(settings)
     service = Service(settings, Engine(registry, device, settings.threads), jobs, Metrics())
-    limits = ProtocolLimits(upload_prefixes=("/v1/calibrations",))
+    limits = ProtocolLimits(upload_prefixes=("/v1/calibrations", "/v1/inspections"))
     config = uvicorn.Config(
         service.app,
         http=make_protocol(limits),
@@ -93,6 +96,14 @@ def _configure_logging() -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format='{"level": "%(levelname)s", "logger": "%(name)s", "event": "%(message)s"}')
+
+
+def _admit(settings: Settings) -> None:
+    for reference in settings.own_architectures:
+        try:
+            architectures.admit(reference)
+        except Problem as problem:
+            raise CannotStart(problem.detail) from problem
 
 
 def _device(settings: Settings) -> torch.device:

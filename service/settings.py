@@ -23,6 +23,8 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     threads: int | None = Field(None, ge=1, description="CPU threads of a forward; by default one a core, and one for small networks")
 
+    architectures: str = Field("", description="architectures of your own, as package.module:factory, separated by commas")
+
     predict_token: SecretStr | None = Field(None, description="bearer token of the predict scope")
     admin_token: SecretStr | None = Field(None, description="bearer token of the admin scope, which includes the other two")
     metrics_token: SecretStr | None = Field(None, description="bearer token of the metrics scope")
@@ -49,6 +51,10 @@ class Settings(BaseSettings):
         if not self.is_loopback and not (self.token("predict") and self.token("admin")):
             raise ValueError(f"listening on {self.host} needs tokens: set BADEXPERT_PREDICT_TOKEN_FILE and BADEXPERT_ADMIN_TOKEN_FILE, or listen on 127.0.0.1")
         return self
+
+    @property
+    def own_architectures(self) -> tuple[str, ...]:
+        return tuple(name for part in self.architectures.split(",") if (name := part.strip()))
 
     @property
     def is_loopback(self) -> bool:

@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import structlog
 
 from models import bundle
-from models.errors import CheckpointInvalid, Conflict, OutOfMemory, Problem, from_code
+from models.errors import Conflict, OutOfMemory, Problem, TookTooLong, from_code
 from models.registry import Registry
 from service.errors import JobsUnavailable
 from service.jobs import ENDED, Job, Jobs
@@ -28,21 +28,23 @@ from service.metrics import Metrics
 
 log = structlog.get_logger()
 STOP_SECONDS = 5.0  # what a child gets to end by itself
-CHECK_SECONDS = 300.0
+ASK_SECONDS = 300.0  # for a check or an inspection
 LONGEST_LINE = 8 * 1024 * 1024  # the result line carries the whole report
 
 
 class Worker:
     """One per server. `uploads` holds a folder a job, named by its id."""
 
-    def __init__(self, jobs: Jobs, registry: Registry, data_dir: Path, device: str, metrics: Metrics) -> None:
+    def __init__(self, jobs: Jobs, registry: Registry, data_dir: Path, device: str, metrics: Metrics, admitted: Sequence[str] = ()) -> None:
+        """admitted: the operator's own architectures, package.module:factory."""
         self._jobs, self._registry, self._data_dir, self._device, self._metrics = jobs, registry, data_dir, device, metrics
+        self._admitted = admitted
         self.uploads = data_dir / "uploads"
         self._progress: dict[str, dict[str, Any]] = {}
         self._child: asyncio.subprocess.Process | None = None
         self._current: str | None = None
         self._moved = asyncio.Condition()
-        self._checks = asyncio.Semaphore(2)
+        self._asking = asyncio.Semaphore(2)
         self._released = False
         self._task: asyncio.Task[None] | None = None
 
@@ -75,23 +77,33 @@ class Worker:
 
     async def check(self, job_id: str, config: dict[str, Any]) -> None:
         """Read the uploaded files in a child, as the calibration will; raises the Problem that it finds in them."""
-        async with self._checks:
-            child = await self._spawn(job_id, config, "--check-only")
+        await self._ask("check", self.uploads / job_id, config)
+
+    async def inspect(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """What a child finds out about the files in a folder. Raises the Problem that it finds in them."""
+        found: dict[str, Any] = (await self._ask("inspect", folder, config))["inspection"]
+        return found
+
+    async def _ask(self, action: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """Run a short action in a child; at most two at a time, so that uploads do not starve what is served."""
+        async with self._asking:
+            child = await self._spawn(action, folder, config)
             try:
-                output, errors = await asyncio.wait_for(child.communicate(), CHECK_SECONDS)
+                output, errors = await asyncio.wait_for(child.communicate(), ASK_SECONDS)
             except TimeoutError:
-                raise CheckpointInvalid(f"The files could not be read within {CHECK_SECONDS:.0f} seconds.") from None
+                raise TookTooLong(f"The files could not be read within {ASK_SECONDS:.0f} seconds.") from None
             finally:
                 _signal(child, signal.SIGKILL)
-        if child.returncode == 0:
-            return
         for line in errors.decode("utf-8", "replace").splitlines():
-            log.warning("check_stderr", job=job_id, line=line[:2000])
+            log.warning("child_stderr", action=action, folder=folder.name, line=line[:2000])
         try:
-            event = json.loads(output.splitlines()[-1])
-            raise from_code(event["code"], event["detail"])
+            event: dict[str, Any] = json.loads(output.splitlines()[-1])
+            if event["event"] == "problem":
+                raise from_code(event["code"], event["detail"])
         except (IndexError, ValueError, KeyError):
             raise OutOfMemory() if child.returncode == -signal.SIGKILL else Problem() from None
+        log.info("child_ended", action=action, folder=folder.name, **event.get("process", {}))
+        return event
 
     async def cancel(self, job_id: str) -> None:
         """End a queued or running job for good. Raises NotFound or Conflict."""
@@ -150,20 +162,20 @@ class Worker:
         self._current = job.id
         self._metrics.calibrations_running.set(1)
         log.info("calibration_started", job=job.id, attempt=job.attempts)
-        self._child = await self._spawn(job.id, job.config)
+        self._child = await self._spawn("calibrate", self.uploads / job.id, job.config)
         errors = asyncio.get_running_loop().create_task(self._log_errors(self._child, job.id))
         last = await self._listen(self._child, job.id)
         await self._child.wait()
         await errors
         await self._finish(job, last, self._child.returncode)
 
-    async def _spawn(self, job_id: str, config: dict[str, Any], *options: str) -> asyncio.subprocess.Process:
-        folder = self.uploads / job_id
-        command = [sys.executable, "-m", "calibration", *options, "--config", json.dumps(config)]
-        command += ["--checkpoint", str(folder / "checkpoint"), "--clean-set", str(folder / "clean_set")]
-        if (folder / "validation_set").exists():
-            command += ["--validation-set", str(folder / "validation_set")]
-        command += ["--data-dir", str(self._data_dir), "--device", self._device, "--job", job_id]
+    async def _spawn(self, action: str, folder: Path, config: dict[str, Any]) -> asyncio.subprocess.Process:
+        command = [sys.executable, "-m", "calibration", action, "--config", json.dumps(config), "--checkpoint", str(folder / "checkpoint")]
+        for name in ("clean_set", "validation_set"):
+            if (folder / name).exists():
+                command += [f"--{name.replace('_', '-')}", str(folder / name)]
+        command += ["--data-dir", str(self._data_dir), "--device", self._device, "--job", folder.name]
+        command += [f"--admit={reference}" for reference in self._admitted]
         return await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,

@@ -57,6 +57,8 @@ def read_parquet(path: Path, limits: Limits) -> Table:
     try:
         with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
             return _read(file, limits, pa)
+    except MemoryError:  # ArrowMemoryError is also an ArrowException
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged pages are reported as OSError
         raise CleanSetInvalid("The Parquet file is damaged.") from error
 

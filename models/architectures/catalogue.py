@@ -1,151 +1,156 @@
-"""Names -> networks, and which of them fits a state dict.
+"""Names -> networks. Networks are built with random weights and never from a hub.
 
-Networks are built with random weights and never from a hub. Which one a checkpoint belongs to is decided by exact keys and shapes, on the meta
-device, so that looking costs no memory.
+Names: `resnet20` ... of the CIFAR family, `resnet50` ... of torchvision, `timm/NAME`, `transformers/CLASS` (with the options that its config
+gives), and the operator's own: what an installed package registers in the entry-point group `badexpert.architectures`, and
+`package.module:factory`, which is known only once `admit` was called with it: from a command line or from settings, never from a request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models import cifar
+from models.architectures import huggingface
+from models.architectures.index import entries
+from models.architectures.meta import build_on_meta
 from models.errors import CheckpointMismatch, ConfigInvalid
 
+ENTRY_POINTS = "badexpert.architectures"
 # A class count that no layer has by chance: tensors that carry it are the head, and tell the class count of a checkpoint.
-_PROBE_CLASSES = 7919
+PROBE_CLASSES = 7919
+
+Factory = Callable[[int], nn.Module]
+_admitted: dict[str, Factory] = {}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network by name: `build(num_classes)` gives it with random weights; `size` is the side of the square input it is trained on."""
+    """A network by name: `build(num_classes)` gives it with random weights; `size` is the usual side of its square input."""
 
     name: str
-    build: Callable[[int], nn.Module]
+    build: Factory = field(compare=False)
     size: int
-
-
-def _torchvision(name: str) -> Architecture:
-    def build(num_classes: int) -> nn.Module:
-        from torchvision.models import get_model  # imports for seconds: not where only a CIFAR network is wanted
-
-        network: nn.Module = get_model(name, weights=None, num_classes=num_classes)
-        return network
-
-    return Architecture(name, build, 224)
-
-
-# By family: keys differ between families, so that the first family with a fit decides.
-_FAMILIES: tuple[tuple[Architecture, ...], ...] = (
-    (
-        *(Architecture(f"resnet{depth}", partial(cifar.thin_resnet, depth), 32) for depth in (20, 32, 44, 56)),
-        Architecture("resnet18_cifar", cifar.resnet18, 32),
-    ),
-    tuple(map(_torchvision, ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "vit_b_16"))),
-)
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for family in _FAMILIES for architecture in family}
-
-
-def get(name: str) -> Architecture:
-    """The architecture of this name; raises ConfigInvalid, naming those there are."""
-    try:
-        return ARCHITECTURES[name]
-    except KeyError:
-        raise ConfigInvalid(f"There is no such architecture; known are: {', '.join(ARCHITECTURES)}.") from None
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a state dict fits an architecture: the class count if it fits, and the differing keys if not."""
-
-    architecture: Architecture
-    num_classes: int | None
-    differing: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)  # what `build` was made from beside the name; as JSON
 
     @property
-    def exact(self) -> bool:
-        return self.num_classes is not None and not self.differing
+    def library(self) -> str:
+        """timm, transformers, torchvision, cifar (ours), or own (the operator's)."""
+        library, slash, _ = self.name.partition("/")
+        if slash:
+            return library
+        return "cifar" if self.name in cifar.NETWORKS else "torchvision" if self.name in entries() else "own"
+
+    @property
+    def short_name(self) -> str:
+        """The name within its library."""
+        return self.name.rpartition("/")[2]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The state dict's keys and shapes with PROBE_CLASSES classes, found without memory for the weights."""
+        network = build_on_meta(lambda: self.build(PROBE_CLASSES))
+        return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def resolve(name: str) -> list[str]:
+    """The full names that a user may mean by `name`: itself, or that name in any library. Raises ConfigInvalid where there is none.
+
+    Imports nothing of the libraries, so that a server can judge a request by it.
+    """
+    if name in cifar.NETWORKS or name in _own():
+        return [name]
+    found = [full for full in (name, f"timm/{name}") if full in entries()]
+    found += [full for family in huggingface.CLASSES if (full := f"transformers/{family}") in (name, f"transformers/{name}")]
+    if not found:
+        raise ConfigInvalid(
+            f"There is no such architecture. Known are {', '.join(cifar.NETWORKS)}, the classification networks of torchvision (resnet18, ...), "
+            "timm/NAME for those of timm, transformers/CLASS for Hugging Face folders, and what the operator of this server has registered."
+        )
+    return found
 
 
 @cache
-def _shapes(name: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        network = ARCHITECTURES[name].build(_PROBE_CLASSES)
-    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+def _get(name: str) -> Architecture:
+    return _make(name, {})
 
 
-def fit(name: str, tensors: Mapping[str, Tensor]) -> Fit:
-    """Compare a state dict with an architecture; the class count is read off the head."""
-    expected, counts, differing = _shapes(name), set[int](), []
-    for key, shape in expected.items():
-        if key not in tensors:
-            if not key.endswith("num_batches_tracked"):
-                differing.append(f"{key} is missing")
-            continue
-        found = tuple(tensors[key].shape)
-        head = [axis for axis, size in enumerate(shape) if size == _PROBE_CLASSES]
-        if len(found) == len(shape) and all(found[axis] == size for axis, size in enumerate(shape) if axis not in head):
-            counts.update(found[axis] for axis in head)
-        else:
-            wanted = "x".join("classes" if axis in head else str(size) for axis, size in enumerate(shape))
-            differing.append(f"{key} is {'x'.join(map(str, found))}, not {wanted}")
-    differing += [f"{key} is unknown" for key in tensors if key not in expected]
-    if len(counts) > 1:
-        differing.append(f"the head's tensors disagree on the class count ({', '.join(map(str, sorted(counts)))})")
-    return Fit(ARCHITECTURES[name], counts.pop() if len(counts) == 1 else None, tuple(differing))
+def get(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
+    """The architecture of this full name. Raises ConfigInvalid where there is none, or where it is not installed here."""
+    return _make(name, options) if options else _get(name)
 
 
-def identify(tensors: Mapping[str, Tensor], name: str | None = None) -> Fit:
-    """The architecture that a state dict belongs to, or a check that it belongs to `name`.
+def _make(name: str, options: Mapping[str, Any]) -> Architecture:
+    if name in cifar.NETWORKS:
+        return Architecture(name, cifar.NETWORKS[name], 32)
+    if name in _own():
+        factory = _own()[name]()
+        return Architecture(name, factory, getattr(factory, "input_size", 224))
+    library, _, short = name.rpartition("/")
+    if library == "transformers":
+        if not options:
+            raise CheckpointMismatch("A network of transformers is known by its config.json: pack it together with the weights (a folder, or a zip of it).")
+        return Architecture(name, partial(huggingface.build, short, options), huggingface.size_of(options), options)
+    if name not in resolve(name):
+        raise ConfigInvalid(f"{name} is no full name; say {' or '.join(resolve(name))}.")
+    size = options.get("img_size", options.get("image_size", entries()[name].size))
+    return Architecture(name, partial(_timm if library else _torchvision, short, options), size, options)
 
-    Raises CheckpointMismatch with at most five differing keys of the closest candidate.
+
+def _torchvision(name: str, options: Mapping[str, Any], num_classes: int) -> nn.Module:
+    from torchvision.models import get_model  # imports for seconds: not where only a CIFAR network is wanted
+
+    # Two families have a second head for training; it is part of their state dict, and makes them answer with a tuple in training mode only.
+    network: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
+    return network
+
+
+def _timm(name: str, options: Mapping[str, Any], num_classes: int) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):  # a name with a colon would be looked up on a hub
+        raise ConfigInvalid(f"timm {timm.__version__}, which is installed here, has no {name}.")
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    return network
+
+
+# ---- the operator's own
+
+
+def admit(reference: str) -> str:
+    """Make `package.module:factory` known under this very name. It imports, so never call it with what came in a request.
+
+    `factory(num_classes)` returns an nn.Module from float [N, 3, S, S] to logits [N, num_classes]; its attribute `input_size`, if it has one,
+    is S. Raises ConfigInvalid where it cannot be imported or called.
     """
-    if name is not None:
-        result = fit(get(name).name, tensors)
-        if not result.exact:
-            raise CheckpointMismatch(f"The checkpoint does not fit {name}: {_some(result.differing)}.")
-        return result
-    fits: list[Fit] = []
-    exact: list[Fit] = []
-    for family in _FAMILIES:
-        fits += [fit(architecture.name, tensors) for architecture in family]
-        exact = [candidate for candidate in fits if candidate.exact]
-        if exact:
-            break
-    if not exact:
-        closest = min(fits, key=lambda candidate: len(candidate.differing))
-        raise CheckpointMismatch(
-            f"The checkpoint fits none of {', '.join(ARCHITECTURES)}. Closest is {closest.architecture.name}: {_some(closest.differing)}. "
-            "Name the architecture with `architecture` if it is one of these."
-        )
-    if len(exact) > 1:
-        names = ", ".join(candidate.architecture.name for candidate in exact)
-        raise CheckpointMismatch(f"The checkpoint fits several architectures ({names}); name the right one with `architecture`.")
-    return exact[0]
+    module, colon, attribute = reference.partition(":")
+    if not colon or not module or not attribute:
+        raise ConfigInvalid("An own architecture is written package.module:factory.")
+    try:
+        factory = EntryPoint(attribute, reference, ENTRY_POINTS).load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigInvalid(f"The architecture {reference} cannot be imported: {error}. It must lie in an installed package or on PYTHONPATH.") from error
+    if not callable(factory):
+        raise ConfigInvalid(f"The architecture {reference} is no function of a class count.")
+    _admitted[reference] = factory
+    return reference
 
 
-def _some(differing: tuple[str, ...], limit: int = 5) -> str:
-    clean = ["".join(letter if letter.isprintable() else "?" for letter in item)[:100] for item in differing[:limit]]
-    rest = len(differing) - len(clean)
-    return "; ".join(clean) + (f"; and {rest} more" if rest > 0 else "")
+def own() -> Iterator[Architecture]:
+    """All architectures of the operator's."""
+    return (get(name) for name in _own())
 
 
-def instantiate(name: str, num_classes: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The network with these float32 weights, in eval mode, in channels-last layout on the CPU."""
-    with torch.device("meta"):
-        network = get(name).build(num_classes)
-    # Some buffers are not in the state dict (position indices of attention windows): those must be computed, so build on the CPU then.
-    state = dict(tensors)
-    for key, value in network.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
-    if any(key not in state for key, _ in network.named_buffers()):
-        network = get(name).build(num_classes)
-    network.load_state_dict({key: value.clone() for key, value in state.items()}, strict=True, assign=True)
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
-    return network.eval().to(memory_format=torch.channels_last)
+def _own() -> dict[str, Callable[[], Factory]]:
+    registered: dict[str, Callable[[], Factory]] = {point.name: point.load for point in _installed()}
+    return {**registered, **{name: partial(_admitted.__getitem__, name) for name in _admitted}}
+
+
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINTS))

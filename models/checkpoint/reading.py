@@ -1,48 +1,85 @@
 """Untrusted bytes -> plain tensors, never running anything that is in them. Owns what a checkpoint may be.
 
-Takes safetensors and torch zip archives (`torch.save`), told apart by content; every tensor is a view of a private map of the file, so
-the file must not be cut short or overwritten while they live. Refuses everything else with a sentence on how to convert it.
+Takes safetensors and torch zip archives (`torch.save`), told apart by content, alone or in a folder or zip with the JSON files that timm and
+transformers write beside them. Tensors are views of a private map of the file, which must not be cut short or overwritten while they
+live. Refuses everything else with a sentence on how to convert it.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from models.checkpoint import torch_zip
+from models.checkpoint import package, torch_zip
 from models.checkpoint.limits import Limits, clean_name, listed
+from models.checkpoint.mapping import map_file
 from models.checkpoint.safetensors import read_safetensors
-from models.checkpoint.state_dict import hints_of, is_rebuilt, locate, strip
+from models.checkpoint.sidecar import Sidecar, read_sidecar
+from models.checkpoint.state_dict import hints_of, is_rebuilt, locate, strip, suspicious
 from models.checkpoint.torch_pickle import Dead, TensorRef, interpret
 from models.errors import CheckpointDtype, CheckpointFormat, CheckpointInvalid, CheckpointMismatch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """What one upload holds."""
+
     format: str  # "safetensors" or "torch-zip"
     tensors: dict[str, Tensor]  # the state dict, on the CPU, bit for bit; wrapper prefixes are gone from the names
     source: str  # path of the state dict in the file, such as "model"; empty for the top
     notes: tuple[str, ...]  # what was chosen, stripped or left out, in plain sentences
     hints: dict[str, str | int] = field(default_factory=dict)  # model_name, num_classes, img_size, as far as the file states them
+    named: tuple[str, ...] = ()  # code that the pickle asks for and no weights need; it was not run
+    sidecar: Sidecar | None = None  # what a config.json beside the weights claims
 
 
 def read_checkpoint(path: Path, limits: Limits = Limits()) -> Checkpoint:  # noqa: B008  # frozen
-    """Raises a subclass of CheckpointProblem for every fault of the file; OSError where it cannot be opened at all."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if size > limits.file_bytes:
-            raise CheckpointInvalid(f"The checkpoint is larger than {limits.file_bytes:,} bytes.")
-        if size < 8:
-            raise CheckpointInvalid("The checkpoint is empty or cut short.")
-        # Copy on write: tensors over a read-only map would crash the process when somebody writes to one.
-        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    """A file, a zip of a folder, or a folder; a config.json beside a file belongs to it.
+
+    Raises a subclass of CheckpointProblem for every fault of what is there; OSError where it cannot be opened at all.
+    """
+    if path.is_dir():
+        return _read_package(package.from_folder(path, limits), limits)
+    view = map_file(path, limits.file_bytes)
     if _sniff(view) == "torch-zip":
-        return _read_torch(view, limits)
+        room = _room(view, limits)
+        entries = torch_zip.open_zip(view, limits.zip_entries, room)
+        if not torch_zip.is_torch(entries) and package.holds_weights(entries.names()):
+            return _read_package(package.from_zip(entries, limits), limits)
+        return _with_config(_read_torch(entries, room, limits), package.beside(path), None)
+    return _with_config(_read(view, limits), package.beside(path), None)
+
+
+def _read_package(files: package.Package, limits: Limits) -> Checkpoint:
+    read = [_read(content(limits.file_bytes), limits) for content in files.weights.values()]
+    whole = read[0]
+    for part in read[1:]:
+        if part.tensors.keys() & whole.tensors.keys():
+            raise CheckpointInvalid("Two parts of the weights hold a tensor of the same name.")
+        whole = replace(whole, tensors={**whole.tensors, **part.tensors})
+    name = ", ".join(map(clean_name, files.weights)) if len(read) < 4 else f"{len(read)} parts"
+    note = f"The weights were taken from {name}."
+    return _with_config(replace(whole, notes=(note, *whole.notes)), files.config, files.preprocessor)
+
+
+def _with_config(checkpoint: Checkpoint, config: bytes | None, preprocessor: bytes | None) -> Checkpoint:
+    sidecar = None if config is None else read_sidecar(config, preprocessor)
+    return checkpoint if sidecar is None else replace(checkpoint, sidecar=sidecar, notes=(*checkpoint.notes, *sidecar.notes))
+
+
+def _read(view: memoryview, limits: Limits) -> Checkpoint:
+    """A file of weights, alone or out of a package."""
+    if _sniff(view) == "torch-zip":
+        room = _room(view, limits)
+        return _read_torch(torch_zip.open_zip(view, limits.zip_entries, room), room, limits)
     return _finish("safetensors", read_safetensors(view, limits), "", [], {}, limits)
+
+
+def _room(view: memoryview, limits: Limits) -> int:
+    return min(limits.weight_bytes, max(limits.expansion_floor, limits.expansion * len(view)))
 
 
 # ---- which format it is
@@ -78,10 +115,12 @@ _FOREIGN: tuple[tuple[str, Callable[[bytes, bytes], bool]], ...] = (
 )
 
 
-def _read_torch(view: memoryview, limits: Limits) -> Checkpoint:
-    room = min(limits.weight_bytes, max(limits.expansion_floor, limits.expansion * len(view)))
-    archive = torch_zip.open_archive(view, limits.zip_entries, room)
-    pickled = interpret(archive.read("data.pkl", limits.pickle_bytes), limits.pickle_opcodes)
+# ---- torch zip archives
+
+
+def _read_torch(entries: torch_zip.Entries, room: int, limits: Limits) -> Checkpoint:
+    archive = torch_zip.open_archive(entries)
+    pickled = interpret(archive.pickle(limits.pickle_bytes), limits.pickle_opcodes)
     found = locate(pickled.root)
     if found is None and (pickled.tensors or not isinstance(pickled.root, dict)):
         raise CheckpointFormat(
@@ -105,7 +144,7 @@ def _read_torch(view: memoryview, limits: Limits) -> Checkpoint:
         if room < 0:
             raise CheckpointInvalid("The tensors share storages so often that they would be many times larger than the file.")
     hints = hints_of(pickled.root) if isinstance(pickled.root, dict) else {}
-    return _finish("torch-zip", tensors, ".".join(map(clean_name, path)), notes, hints, limits)
+    return replace(_finish("torch-zip", tensors, ".".join(map(clean_name, path)), notes, hints, limits), named=suspicious(pickled.names))
 
 
 def _finish(kind: str, tensors: dict[str, Tensor], source: str, notes: list[str], hints: dict[str, str | int], limits: Limits) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ WEIGHT_KEYS = (
 NOT_WEIGHTS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "scheduler", "lr_scheduler", "scaler")
 # Names that wrap a whole network; `_orig_mod` (torch.compile) is no name of a layer anywhere and goes wherever it stands.
 WRAPPERS = ("module", "model", "_model", "net", "network", "backbone", "ema_model")
+# What a trainer keeps beside a wrapped network.
+COMPANY = ("n_averaged", "criterion", "loss", "loss_fn", "ema", "model_ema", "teacher", "metrics")
 
 
 def is_rebuilt(value: object) -> bool:
@@ -60,6 +62,27 @@ def _dicts(root: object) -> Iterator[tuple[_Path, dict[str, object]]]:
                 queue.append(((*path, key), value))
 
 
+# Top modules by which pickles that attack do so. It is a list for a report: nothing at all is imported, in it or not.
+_DANGEROUS = (
+    "os", "posix", "nt", "subprocess", "sys", "socket", "shutil", "runpy", "importlib", "pty", "ctypes", "commands", "webbrowser", "code", "codeop",
+    "operator", "pickle", "_pickle", "multiprocessing", "http", "urllib", "ftplib", "smtplib", "timeit", "pdb", "bdb", "cProfile", "profile",
+    "trace", "tempfile", "pkgutil", "zipimport", "ensurepip", "pip", "pydoc", "doctest", "cffi", "httplib", "requests", "aiohttp",
+)
+# What pickles of honest objects name of the built-in module.
+_PLAIN_BUILTINS = ("object", "set", "frozenset", "slice", "range", "complex", "bytearray", "list", "dict", "tuple", "int", "float", "bool", "str", "bytes")
+
+
+def suspicious(names: Iterable[str]) -> tuple[str, ...]:
+    """Of the modules and functions that a pickle asks for, those that start programs, open files or the like; cleaned."""
+    return tuple(clean_name(name) for name in sorted(names) if _is_dangerous(*name.partition(".")[::2]))
+
+
+def _is_dangerous(package: str, rest: str) -> bool:
+    if package in ("builtins", "__builtin__"):
+        return rest not in _PLAIN_BUILTINS
+    return package in _DANGEROUS or rest.startswith(("hub.", "utils.cpp_extension.", "jit.", "package."))
+
+
 def hints_of(root: dict[str, object]) -> dict[str, str | int]:
     """What BackdoorBench and the usual training scripts say of the model. Only a hint: nothing is believed that the tensors contradict."""
     hints: dict[str, str | int] = {}
@@ -76,10 +99,8 @@ def hints_of(root: dict[str, object]) -> dict[str, str | int]:
 
 
 def strip(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Removes the names of wrappers that all keys share. They may nest; one number may be among them (Sequential(Resize, network))."""
-    if "n_averaged" in tensors and all(name.startswith("module.") for name in tensors if name != "n_averaged"):
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}  # the counter of torch's AveragedModel
-        notes.append("The counter n_averaged was left out.")
+    """Removes the names of wrappers around the network. They may nest; one number may be among them (Sequential(Resize, network))."""
+    tensors = _without_company(tensors, notes)
     names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in tensors]
     removed = ["_orig_mod"] if names != list(tensors) else []
     while len(heads := {name.partition(".")[0] for name in names}) == 1 and all(rests := [name.partition(".")[2] for name in names]):
@@ -94,3 +115,13 @@ def strip(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     if len(set(names)) != len(names):
         raise CheckpointInvalid("Two tensors have the same name once wrapper prefixes are stripped.")
     return dict(zip(names, tensors.values(), strict=True))
+
+
+def _without_company(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """Leaves out what a trainer keeps beside the wrapped network in one state dict: its moving average, class weights of a loss, counters."""
+    heads = dict.fromkeys(name.partition(".")[0] for name in tensors)
+    wrapped = next((wrapper for wrapper in WRAPPERS if wrapper in heads), None)
+    if wrapped is None or len(heads) == 1 or any(head not in (*WRAPPERS, *COMPANY) for head in heads):
+        return tensors
+    notes.append(f"The network is {wrapped}; left out beside it: {listed([head for head in heads if head != wrapped])}.")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{wrapped}.")}

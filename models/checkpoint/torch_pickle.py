@@ -21,6 +21,7 @@ from models.errors import CheckpointInvalid
 LONGEST_TEXT = 1024  # bytes of a text that is kept; longer ones (pickled pixels, logs) can be no tensor name
 LONGEST_NAME = 256  # bytes of a module or class
 LONGEST_INTEGER = 16  # bytes
+MOST_NAMES = 1000  # of those kept to be reported
 MOST_ARGUMENTS = 10  # a longer tuple rebuilds no tensor, and unpacking one again and again would cost its length each time
 
 _STORAGES = {
@@ -82,13 +83,15 @@ class TensorRef:
 class Pickled:
     root: object  # dicts, lists, tuples, TensorRef, Dead, scalars; may be deep or contain itself, so it is never walked by recursion
     tensors: int  # how many tensors were named anywhere, in dead objects too
+    names: frozenset[str]  # modules and functions that it asks for, the first MOST_NAMES of them
 
 
 def interpret(data: memoryview, max_opcodes: int) -> Pickled:
     """Raises CheckpointInvalid; never anything else. Linear in `max_opcodes`: some microseconds and at most 150 bytes each."""
     machine = _Machine(data)
     try:
-        return Pickled(machine.run(max_opcodes), machine.tensors)
+        root = machine.run(max_opcodes)
+        return Pickled(root, machine.tensors, frozenset(machine.names))
     except (IndexError, KeyError, ValueError, TypeError, EOFError, struct.error) as error:
         raise CheckpointInvalid(f"The pickle inside the archive is damaged at byte {machine.at:,}; save the checkpoint again.") from error
 
@@ -101,6 +104,7 @@ class _Machine:
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
+        self.names: set[str] = set()
 
     def run(self, max_opcodes: int) -> object:
         for _ in range(max_opcodes):
@@ -133,11 +137,17 @@ class _Machine:
 
     def find(self) -> None:
         module, name = self.line(), self.line()
-        self.stack.append(_dead(module, name))
+        self.name(module, name)
 
     def find_on_stack(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(_dead(module, name))
+        self.name(module, name)
+
+    def name(self, module: object, name: object) -> None:
+        dead = _dead(module, name)
+        if len(self.names) < MOST_NAMES:
+            self.names.add(dead.name)
+        self.stack.append(dead)
 
     def instance(self) -> None:
         self.items()

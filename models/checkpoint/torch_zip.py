@@ -46,18 +46,20 @@ class Entry:
 
 
 @dataclass
-class Archive:
-    """The entries of one torch checkpoint. Stored bytes are views of `view`; inflated bytes are copies that share one budget."""
+class Entries:
+    """The entries of a zip archive. Stored bytes are views of `view`; inflated bytes are copies that share one budget."""
 
     view: memoryview
-    prefix: bytes
-    entries: dict[bytes, Entry]
+    by_name: dict[bytes, Entry]
     inflatable: int  # bytes that may still be inflated
-    storages: dict[str, Tensor] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """The names as text; what is no UTF-8 is replaced, and `read` does not find it then."""
+        return [name.decode("utf-8", "replace") for name in self.by_name]
 
     def read(self, name: str, most: int) -> memoryview:
         """The bytes of an entry that states at most `most`. Raises CheckpointInvalid where it states more, or is missing."""
-        entry = self.entries.get(self.prefix + name.encode("utf-8", "replace"))
+        entry = self.by_name.get(name.encode("utf-8", "replace"))
         if entry is None or entry.size > most:
             raise CheckpointInvalid("A part that the checkpoint names is not in the archive, or is larger than it should be.")
         packed = self.view[entry.start : entry.start + entry.packed]
@@ -67,6 +69,19 @@ class Archive:
         if self.inflatable < 0:
             raise CheckpointInvalid("The archive inflates to many times its size; save the checkpoint again without compression.")
         return memoryview(_inflate(packed, entry.size))
+
+
+@dataclass
+class Archive:
+    """What one torch checkpoint holds: the pickle, and tensors over its storages."""
+
+    entries: Entries
+    prefix: str
+    storages: dict[str, Tensor] = field(default_factory=dict)
+
+    def pickle(self, most: int) -> memoryview:
+        """The pickle, of at most `most` bytes."""
+        return self.entries.read(f"{self.prefix}data.pkl", most)
 
     def tensor(self, claim: TensorRef) -> Tensor:
         """A view of the storage, bit for bit. Raises CheckpointInvalid where the claim does not hold."""
@@ -78,7 +93,7 @@ class Archive:
             raise CheckpointInvalid("A tensor in the checkpoint does not fit its storage: the sizes of the storage disagree.")
         elements = len(raw) // claim.dtype.itemsize
         # Lengths beside a zero are bounded too: torch overflows on strides that belong to no element.
-        if math.prod(size) > elements or math.prod(max(length, 1) for length in size) > max(elements, len(self.view)):
+        if math.prod(size) > elements or math.prod(max(length, 1) for length in size) > max(elements, len(self.entries.view)):
             raise CheckpointInvalid("A tensor in the checkpoint is larger than its storage (expanded?); save `tensor.contiguous()`.")
         if 0 in size:
             return torch.empty(size, dtype=claim.dtype)
@@ -90,22 +105,33 @@ class Archive:
 
     def storage(self, key: str, nbytes: int) -> Tensor:
         if key not in self.storages:
-            self.storages[key] = bytes_tensor(self.read(f"data/{key}", nbytes), _ALIGNMENT)
+            self.storages[key] = bytes_tensor(self.entries.read(f"{self.prefix}data/{key}", nbytes), _ALIGNMENT)
         return self.storages[key]
 
 
-def open_archive(view: memoryview, max_entries: int, inflatable: int) -> Archive:
-    entries = _entries(view, max_entries)
-    roots = [name[: -len(b"data.pkl")] for name in entries if name.endswith(b"/data.pkl") and name.count(b"/") == 1]
-    names = {name.partition(b"/")[2] for name in entries}
-    if b"constants.pkl" in names or any(name.startswith(b"code/") for name in names):
+def open_zip(view: memoryview, max_entries: int, inflatable: int) -> Entries:
+    """The entries of any honest zip archive."""
+    return Entries(view, _entries(view, max_entries), inflatable)
+
+
+def is_torch(entries: Entries) -> bool:
+    """Whether `torch.save` or another part of torch wrote this archive."""
+    return any(name.endswith((b"/data.pkl", b"/archive_format", b"/constants.pkl")) or b"/code/" in name for name in entries.by_name)
+
+
+def open_archive(entries: Entries) -> Archive:
+    """The torch checkpoint in a zip archive."""
+    names = set(entries.by_name)
+    roots = [name[: -len(b"data.pkl")] for name in names if name.endswith(b"/data.pkl") and name.count(b"/") == 1]
+    inner = {name.partition(b"/")[2] for name in names}
+    if b"constants.pkl" in inner or any(name.startswith(b"code/") for name in inner):
         raise CheckpointFormat(f"The file is a TorchScript program, which cannot be read without running it; {_SAVE_AGAIN}")
-    if b"archive_format" in names or any(name.endswith(b"serialized_exported_program.json") for name in (*names, *entries)):
+    if b"archive_format" in inner or any(name.endswith(b"serialized_exported_program.json") for name in names):
         raise CheckpointFormat(f"The file is an exported program (.pt2), not a checkpoint; {_SAVE_AGAIN}")
     if len(roots) != 1:
-        raise CheckpointFormat(f"The file is a zip archive but not a torch checkpoint; {_SAVE_AGAIN}")
-    archive = Archive(view, roots[0], entries, inflatable)
-    if archive.prefix + b"byteorder" in entries and bytes(archive.read("byteorder", 64)) != b"little":
+        raise CheckpointFormat(f"The file is a zip archive but neither a torch checkpoint nor a folder with weights; {_SAVE_AGAIN}")
+    archive = Archive(entries, roots[0].decode("utf-8", "replace"))
+    if (byteorder := f"{archive.prefix}byteorder").encode() in names and bytes(entries.read(byteorder, 64)) != b"little":
         raise CheckpointInvalid("The checkpoint was written on a big-endian machine; save it again on a little-endian one.")
     return archive
 

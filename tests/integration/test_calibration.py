@@ -59,7 +59,7 @@ def test_a_forwarded_prediction_is_exactly_the_suspects_own(calibrated: tuple[Pa
     data_dir, result = calibrated
     found = bundle.read(data_dir / "guards" / "planes" / str(result.version))
     preprocessing = found.description.preprocessing
-    suspect = architectures.instantiate("resnet20", 10, load_weights(read_checkpoint(BADNET)))
+    suspect = architectures.instantiate(architectures.get("resnet20"), 10, load_weights(read_checkpoint(BADNET)))
     pixels = samples("clean", preprocessing, 64)
     judged = found.guard.judge(pixels, batch=64)
     with torch.inference_mode():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+import torchvision
+from torch import Tensor, nn
 
 from models import architectures
-from models.trunk import choose_cut, cuts, split, tail_copy
+from models.trunk import CannotCut, choose_cut, cuts, feature_cut, operations, split, tail_copy
 
 FAMILIES = ("resnet20", "resnet18_cifar", "resnet18", "vgg16_bn", "mobilenet_v2", "vit_b_16")
 
@@ -62,3 +65,100 @@ def test_training_a_tail_copy_leaves_the_suspect_as_it_was() -> None:
 def test_an_unknown_cut_is_refused() -> None:
     with pytest.raises(KeyError):
         split(architectures.get("resnet20").build(10), "nowhere")
+
+
+OTHERS = {
+    "timm/vit_tiny_patch16_224": {"img_size": 64},
+    "timm/swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 4},
+    "timm/eva02_tiny_patch14_224": {"img_size": 56},  # position embeddings of every block computed ahead of the first
+    "timm/convnext_atto": {},
+    "timm/mobilenetv3_small_100": {},
+    "timm/resnet18": {},
+    "timm/tf_efficientnet_b0": {},  # padding that depends on the input's size
+    "swin_t": {},
+    "convnext_tiny": {},
+    "densenet121": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_networks_of_timm_and_torchvision_are_cut_in_three(name: str) -> None:
+    torch.manual_seed(0)
+    library, _, short = name.rpartition("/")
+    network = timm.create_model(short, num_classes=10, **OTHERS[name]) if library else torchvision.models.get_model(short, num_classes=10)
+    size = OTHERS[name].get("img_size", 64)
+    inputs = torch.randn(2, 3, size, size)
+    experts, features = choose_cut(network, inputs[:1], 0.1), feature_cut(network, inputs[:1])
+    trunk, body, head = split(network, experts.name, features.name)
+    with torch.inference_mode():
+        shared = trunk(inputs)
+        kept = shared.clone()
+        assert torch.equal(head(body(shared)), network(inputs))
+        assert torch.equal(shared, kept)
+    assert 0.1 <= experts.tail_share < 0.45
+    assert 0 < features.tail_share < 0.1
+    tail = tail_copy(network, experts.name)
+    tail.train()(kept.clone()).sum().backward()
+    assert all(parameter.grad is None for parameter in network.parameters())
+    tail_copy(network, experts.name).load_state_dict(tail.state_dict())  # the same names each time
+
+
+class _Asks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class _Torn(nn.Module):
+    """Two branches that meet only behind all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3 * 8 * 8, 10), nn.Linear(3 * 8 * 8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x.flatten(1)) + self.right(x.flatten(1))
+
+
+@pytest.mark.parametrize(("network", "message"), [(_Asks(), "_Asks cannot be traced"), (_Torn(), "no cut leaves 10%")])
+def test_where_no_cut_can_be_had_it_is_said(network: nn.Module, message: str) -> None:
+    example = torch.zeros(1, 3, 8, 8)
+    operations(network, example)  # counts whether or not it can be traced
+    with pytest.raises(CannotCut, match=message):
+        choose_cut(network, example, 0.1)
+
+
+def test_no_cut_is_where_a_later_step_writes() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.ELU(inplace=True), nn.Linear(10, 10))
+    assert [cut.name for cut in cuts(network, torch.zeros(1, 3, 8, 8))] == ["_0", "_2"]
+
+
+def test_what_the_user_may_pass_beside_the_image_keeps_its_default() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(192, 10)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return self.head(x.flatten(1) if mask is None else (x * mask).flatten(1))
+
+    network, example = Masked(), torch.randn(1, 3, 8, 8)
+    trunk, tail = split(network, feature_cut(network, example).name)
+    assert torch.equal(tail(trunk(example)), network(example))
+
+
+BLOCK = 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8  # 5 tokens of width 8: four square matrices, two of 8x16, and attention
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "multiplications"),
+    [
+        (nn.Linear(5, 7), (2, 3, 5), 2 * 3 * 5 * 7),
+        (nn.Conv2d(4, 8, 3, groups=2), (2, 4, 6, 6), 2 * 4 * 4 * 8 * 2 * 9),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (1, 5, 8), BLOCK),
+        (torchvision.models.vision_transformer.EncoderBlock(2, 8, 16, 0.0, 0.0), (1, 5, 8), BLOCK),
+        (timm.models.vision_transformer.Block(8, 2, mlp_ratio=2), (1, 5, 8), BLOCK),
+    ],
+    ids=["linear", "convolution", "torch", "torchvision", "timm"],
+)
+def test_operations_are_two_a_multiplication(network: nn.Module, shape: tuple[int, ...], multiplications: int) -> None:
+    assert operations(network, torch.zeros(shape)) == 2 * multiplications

@@ -1,0 +1,83 @@
+"""What a calibration found and made, as figures."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration import checks
+from calibration.clean_set import CleanSet
+from calibration.config import CalibrationConfig
+from calibration.presets import Material, Trained
+from calibration.split import Parts
+from calibration.suspect import doubts
+from models.guard import Guard, Judgement
+from models.threshold import Threshold
+
+
+def measure_accuracies(guard: Guard, material: Material, trained: Trained, judged: Judgement) -> dict[str, Any]:
+    """Shares of the validation images that each network gets right; those of the experts in a list."""
+    validation = material.validation
+
+    def right(network: nn.Module, batches: Sequence[Tensor]) -> float:
+        return (torch.cat([network(batch).argmax(1) for batch in batches]) == validation.labels).float().mean().item()
+
+    with torch.inference_mode():
+        inputs = [guard.preprocessing.normalise(part) for part in validation.pixels.split(256)]
+        shared = [guard.parts[0](batch) for batch in inputs]
+        return {
+            "suspect": (judged.prediction == validation.labels.cpu()).float().mean().item(),
+            "experts": [right(expert, shared) for expert in trained.experts],
+            "auxiliary": right(trained.auxiliary, inputs),
+        }
+
+
+def summarise(
+    config: CalibrationConfig,
+    clean: CleanSet,
+    parts: Parts,
+    material: Material,
+    trained: Trained,
+    threshold: Threshold,
+    accuracies: dict[str, Any],
+    judged: Judgement,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The report as JSON: what the page shows, the service answers and the bundle keeps."""
+    suspect, finding = material.understood.suspect, material.understood.finding
+    cautions = [
+        checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
+        checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
+        checks.wide_interval(threshold),
+        checks.degenerate_scores(len(judged.score.unique()), threshold.n),
+        checks.no_cut(config.preset == "auto" and trained.cuts is None),
+        *doubts(suspect, told_apart=True),
+    ]
+    return {
+        "guard": config.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "preset": config.preset,
+        "seed": config.seed,
+        "architecture": suspect.architecture.name,
+        "classes": list(clean.names),
+        "promise": asdict(threshold),
+        "clean_accuracy": accuracies,
+        "images": {name: len(rows) for name, rows in vars(parts).items()},
+        "preprocessing": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in finding.candidates],
+        "settings": trained.settings,
+        "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
+        "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in clean.warnings],
+        "stage_seconds": dict(seconds),
+        "environment": {
+            "device": material.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        },
+    }

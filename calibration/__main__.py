@@ -1,7 +1,8 @@
 """`python -m calibration ACTION`: one calibration, check, inspection or conversion as a process of its own, as the service and the command line start it.
 
 Standard output carries one JSON object a line: {"event": "progress", ...} while it runs, and last either {"event": "result", ...} or
-{"event": "problem", "status", "code", "title", "detail"}. Exit status 0 for a result, 1 for a problem with the input, 70 for our own fault.
+{"event": "problem", "status", "code", "title", "detail"}, both with "process": what held this process and the most memory it took, in bytes.
+Exit status 0 for a result, 1 for a problem with the input, 70 for our own fault.
 Untrusted files are read here and not in the server: whatever a hostile one does to memory or time, it does to this process, which is confined first.
 """
 
@@ -35,19 +36,24 @@ def main(arguments: list[str] | None = None, confine: bool = True) -> int:
     from models.errors import OutOfMemory, Problem, TookTooLong
 
     reading = partial(_reading, args) if confine else nullcontext
+    result: dict[str, Any] | Problem
     try:
-        result = _ACTIONS[args.action](args, reading)
+        result, status = _ACTIONS[args.action](args, reading), 0
     except Problem as problem:
-        return _fail(problem, 1)
+        result, status = problem, 1
     except (MemoryError, torch.OutOfMemoryError):
-        return _fail(OutOfMemory(), 1)
+        result, status = OutOfMemory(), 1
     except sandbox.TookTooLong:
-        return _fail(TookTooLong(), 1)
+        result, status = TookTooLong(), 1
     except Exception:  # noqa: BLE001 - the last line must be an event whatever happened; the trace goes to the log
         traceback.print_exc()
-        return _fail(Problem(), 70)
-    _say("result", {**result, "process": {**confinement, "peak_memory": sandbox.peak_memory()}})
-    return 0
+        result, status = Problem(), 70
+    process = {**confinement, "peak_memory": sandbox.peak_memory()}
+    if isinstance(result, Problem):
+        _say("problem", {"status": result.status, "code": result.code, "title": result.title, "detail": result.detail, "process": process})
+    else:
+        _say("result", {**result, "process": process})
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,11 +138,6 @@ def _reading(args: argparse.Namespace) -> AbstractContextManager[None]:
 
 def _say(event: str, value: dict[str, Any]) -> None:
     print(json.dumps({"event": event, **value}), flush=True)  # noqa: T201
-
-
-def _fail(problem: Any, status: int) -> int:
-    _say("problem", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail})
-    return status
 
 
 if __name__ == "__main__":

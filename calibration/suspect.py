@@ -18,6 +18,7 @@ from calibration.preprocessing import Finding, find_preprocessing
 from calibration.split import Rows
 from models import architectures
 from models.architectures import Architecture, Match
+from models.architectures.huggingface import rename
 from models.checkpoint import Checkpoint, load_weights, read_checkpoint
 from models.errors import CheckpointMismatch, ConfigInvalid, SuspectModelUseless
 from models.parallel import cpu_threads
@@ -68,9 +69,8 @@ class Understood:
 def read_suspect(path: Path, architecture: str | None, num_classes: int | None, device: torch.device) -> Suspect:
     """The suspect, on the device. `architecture` and `num_classes` are what the user says of it. Raises a CheckpointProblem."""
     checkpoint = read_checkpoint(path)
-    tensors = load_weights(checkpoint)
     claimed, notes = _claimed(checkpoint)
-    match, *others = architectures.identify(tensors, architecture, claimed)
+    match, *others = architectures.identify(_weights(checkpoint), architecture, claimed)
     if claimed is not None and match.fit.architecture.name != claimed.name:
         notes.append(f"config.json names {claimed.name}, which does not fit the weights.")
     suspect = Suspect(checkpoint, match, _network(match, checkpoint, device), tuple(others), tuple(notes))
@@ -81,7 +81,13 @@ def read_suspect(path: Path, architecture: str | None, num_classes: int | None, 
 
 
 def _network(match: Match, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    return architectures.instantiate(match.fit.architecture, match.fit.num_classes or 0, load_weights(checkpoint)).to(device)
+    return architectures.instantiate(match.fit.architecture, match.fit.num_classes or 0, _weights(checkpoint)).to(device)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights under the names of the network's state dict, which are not those of the file where transformers wrote it."""
+    weights = load_weights(checkpoint)
+    return rename(weights) if checkpoint.sidecar is not None and checkpoint.sidecar.kind == "transformers" else weights
 
 
 def _claimed(checkpoint: Checkpoint) -> tuple[Architecture | None, list[str]]:
@@ -89,7 +95,9 @@ def _claimed(checkpoint: Checkpoint) -> tuple[Architecture | None, list[str]]:
     if sidecar is None:
         return None, notes
     try:
-        return architectures.get(sidecar.architecture, sidecar.options), notes
+        claimed = architectures.get(sidecar.architecture, sidecar.options)
+        claimed.shapes  # noqa: B018  # builds it, which is when options are found not to fit
+        return claimed, notes
     except ConfigInvalid as problem:
         notes.append(f"The architecture that config.json names cannot be used. {problem.detail}")
     return None, notes

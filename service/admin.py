@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import FileResponse, JSONResponse
+from structlog.contextvars import bound_contextvars
 
 from calibration.config import CalibrationConfig, InspectionConfig
 from models.errors import Conflict, NotFound
@@ -82,6 +84,11 @@ class Admin:
         return {"upload_bytes": self.upload_bytes, "json_bytes": self.json_bytes}
 
 
+def _logged_as(request: Request) -> AbstractContextManager[None]:
+    """What a child process says of an upload is found in the log by the id of its request."""
+    return bound_contextvars(request_id=request.state.request_id)
+
+
 def _json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
 
@@ -105,7 +112,8 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         accepted = False
         try:
             config, digest = await uploads.receive(request, uploads.CALIBRATION, CalibrationConfig, folder, **admin.caps)
-            await admin.worker.check(job_id, config.model_dump())
+            with _logged_as(request):
+                await admin.worker.check(job_id, config.model_dump())
             job = await admin.jobs.add(job_id, config.model_dump(), digest, key)
             accepted = job.id == job_id
         finally:
@@ -120,7 +128,8 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         folder = admin.worker.uploads / secrets.token_hex(12)
         try:
             config, _ = await uploads.receive(request, uploads.INSPECTION, InspectionConfig, folder, **admin.caps)
-            return await admin.worker.inspect(folder, config.model_dump())
+            with _logged_as(request):
+                return await admin.worker.inspect(folder, config.model_dump())
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, True)
 

@@ -98,11 +98,13 @@ class Worker:
             log.warning("child_stderr", action=action, folder=folder.name, line=line[:2000])
         try:
             event: dict[str, Any] = json.loads(output.splitlines()[-1])
-            if event["event"] == "problem":
-                raise from_code(event["code"], event["detail"])
+            said = event["event"]
         except (IndexError, ValueError, KeyError):
-            raise OutOfMemory() if child.returncode == -signal.SIGKILL else Problem() from None
-        log.info("child_ended", action=action, folder=folder.name, **event.get("process", {}))
+            log.warning("child_lost", action=action, folder=folder.name, status=child.returncode)
+            raise _end_without_a_word(child.returncode) from None
+        log.info("child_ended", action=action, folder=folder.name, code=event.get("code"), **event.get("process", {}))
+        if said == "problem":
+            raise from_code(event["code"], event["detail"])
         return event
 
     async def cancel(self, job_id: str) -> None:
@@ -212,8 +214,7 @@ class Worker:
         elif last is not None and last.get("event") == "problem":
             state, outcome = "failed", {key: last[key] for key in ("status", "code", "title", "detail")}
         else:
-            # The kernel's out-of-memory killer leaves no last word but this signal.
-            problem: Problem = OutOfMemory() if status == -signal.SIGKILL else Problem("The calibration process ended unexpectedly; see the server's log.")
+            problem = _end_without_a_word(status)
             state, outcome = "failed", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail}
         if await self._end(job.id, "succeeded" if state == "succeeded" else "failed", outcome):
             self._metrics.calibrations.labels(state).inc()
@@ -274,6 +275,15 @@ class Worker:
 def _environment() -> dict[str, str]:
     """The child's environment: ours without the tokens."""
     return {key: value for key, value in os.environ.items() if not (key.startswith("BADEXPERT_") and "TOKEN" in key)}
+
+
+def _end_without_a_word(status: int | None) -> Problem:
+    """What a child ended of that said nothing: the kernel's out-of-memory killer, or the clock of the sandbox for what does not stop."""
+    if status == -signal.SIGKILL:
+        return OutOfMemory()
+    if status == -signal.SIGXCPU:
+        return TookTooLong()
+    return Problem("The calibration process ended unexpectedly; see the server's log.")
 
 
 def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:

@@ -115,7 +115,12 @@ def _timm(name: str, options: Mapping[str, Any], num_classes: int) -> nn.Module:
 
     if not timm.is_model(name):  # a name with a colon would be looked up on a hub
         raise ConfigInvalid(f"timm {timm.__version__}, which is installed here, has no {name}.")
-    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        if not options:
+            raise
+        raise ConfigInvalid(f"timm cannot build {name} with {', '.join(options)} as stated.") from error
     return network
 
 

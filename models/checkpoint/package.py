@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from models.checkpoint.limits import Limits, listed
 from models.checkpoint.mapping import map_file
+from models.checkpoint.sidecar import MOST_BYTES
 from models.checkpoint.torch_zip import Entries
 from models.errors import CheckpointFormat, CheckpointInvalid
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th")
 USUAL = ("model.safetensors", "pytorch_model.bin")  # in the order of preference; what else lies beside them is for other libraries
-JSON_BYTES = 1 << 20
+JSON_BYTES = MOST_BYTES
 
 Read = Callable[[int], memoryview]  # the bytes of a file, if they are not more than so many
 

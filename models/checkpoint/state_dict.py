@@ -18,7 +18,7 @@ WEIGHT_KEYS = (
 )
 NOT_WEIGHTS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "scheduler", "lr_scheduler", "scaler")
 # Names that wrap a whole network; `_orig_mod` (torch.compile) is no name of a layer anywhere and goes wherever it stands.
-WRAPPERS = ("module", "model", "_model", "net", "network", "backbone", "ema_model")
+WRAPPERS = ("module", "model", "_model", "net", "network", "backbone", "timm_model", "ema_model")
 # What a trainer keeps beside a wrapped network.
 COMPANY = ("n_averaged", "criterion", "loss", "loss_fn", "ema", "model_ema", "teacher", "metrics")
 

@@ -1,5 +1,7 @@
 """One libFuzzer process: `python -m tests.fuzz.worker READER FINDINGS [libFuzzer's options] CORPUS`. Started by `python -m tests.fuzz`.
 
+`python -m tests.fuzz.worker READER FILE` reads one file, and shows what it raises.
+
 Exceptions and slow runs are written to FINDINGS, one for each place in our code, and the fuzzing goes on; what libFuzzer itself notices (a
 crash, a run that hangs, too much memory) ends the process. It runs in the sandbox of the calibration, so that a reader that opened a socket or
 started a program would be found, too.
@@ -35,6 +37,9 @@ def main() -> None:
     with atheris.instrument_imports(include=["models", "calibration"]):
         from tests.fuzz.readers import READERS
     reader = READERS[name]
+    if findings.is_file():
+        reader.run(findings.read_bytes())
+        return
 
     def run(data: bytes) -> None:
         start = time.process_time()

@@ -1,7 +1,7 @@
 """What reading safely costs: `python -m benchmarks.reading` reads a ViT-B/16 of 346 MB with our readers and with safetensors' own loader.
 
-Each run is a process of its own that reads five times, the readers taking turns; every tensor is added up after loading, since maps of a file cost nothing until they are
-read. Prints medians of seconds and of the memory that loading and adding took at most, and their ratios to the library's.
+Each run is a process of its own that reads five times, the readers taking turns; every tensor is added up after loading, since maps of a file cost
+nothing until they are read. Prints medians of seconds and of the memory that loading and adding took at most, and their ratios to the library's.
 """
 
 from __future__ import annotations

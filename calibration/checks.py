@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from models.checkpoint import Checkpoint
 from models.threshold import Threshold
 
@@ -53,6 +55,13 @@ def no_cut(happened: bool) -> Caution | None:
     """Without a shared trunk each expert is a whole network: three times the cost of the suspect, and no feature distance in the score."""
     if happened:
         return Caution("no-cut", "The network cannot be cut into trunk and tail: its experts are whole copies, and the score is the published one.")
+    return None
+
+
+def outputs_probabilities(outputs: Tensor) -> Caution | None:
+    """A network of the operator's own may end in a softmax; the softmax of that is flat, whatever the image. outputs: [N, C], for any images."""
+    if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
+        return Caution("outputs-probabilities", "The network gives probabilities, not logits: it ends in a softmax. Leave that out of its code.")
     return None
 
 

@@ -13,9 +13,11 @@ import torch
 
 from calibration.clean_set import open_clean_set
 from calibration.config import InspectionConfig
-from calibration.suspect import Suspect, doubts, named_classes, read_suspect, understand
+from calibration.suspect import Suspect, contradictions, doubts, doubts_on_images, named_classes, read_suspect, understand
 from models.checkpoint import read_checkpoint
 from models.durable import write_file
+
+MOST_CONTRADICTIONS = 20
 
 
 def inspect(config: InspectionConfig, checkpoint: Path, clean_set: Path | None, device: torch.device) -> dict[str, Any]:
@@ -26,23 +28,30 @@ def inspect(config: InspectionConfig, checkpoint: Path, clean_set: Path | None, 
             **_describe(suspect),
             "clean_set": None,
             "accuracy": None,
-            "warnings": [caution.to_json() for caution in doubts(suspect, told_apart=False)],
+            "warnings": [caution.to_json() for caution in doubts(suspect)],
         }
     found = open_clean_set(clean_set)
     clean = found.labelled_by(suspect.num_classes, named_classes(config.classes, suspect, found))
     understood = understand(suspect, clean, np.arange(len(clean)), device, config.seed)
-    suspect, best = understood.suspect, understood.finding.best
+    suspect, finding, best = understood.suspect, understood.finding, understood.finding.best
+    described = _describe(suspect)
     return {
-        **_describe(suspect),
+        **described,
         "classes": list(clean.names),
         "preprocessing": best.preprocessing.to_json(),
         "preprocessing_text": str(best.preprocessing),
         "preprocessing_from": "clean set",
         "accuracy": best.accuracy,
-        "candidates": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in understood.finding.candidates],
+        "preprocessing_clear": finding.clear,
+        "candidates": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in finding.candidates],
+        "class_order": None if understood.reordering is None else asdict(understood.reordering),
+        "contradictions": [
+            {"image": clean.name(each.row), "label": clean.names[each.label], "predicted": clean.names[each.predicted], "confidence": each.confidence}
+            for each in contradictions(understood, clean).contradictions[:MOST_CONTRADICTIONS]
+        ],
         "clean_set": {"source": clean.source, "images": len(clean), "classes": len(set(clean.labels.tolist())), "groups": len(set(clean.groups.tolist()))},
-        "warnings": [caution.to_json() for caution in doubts(suspect, told_apart=True)]
-        + [{"code": "clean-set", "detail": text} for text in clean.warnings],
+        "notes": [*described["notes"], *finding.notes],
+        "warnings": [caution.to_json() for caution in doubts_on_images(understood, clean)] + [{"code": "clean-set", "detail": text} for text in clean.warnings],
     }
 
 

@@ -22,7 +22,7 @@ from calibration.presets import Material, train
 from calibration.progress import Progress, Tracker
 from calibration.split import Parts, hold_back, split
 from calibration.summary import measure_accuracies, summarise
-from calibration.suspect import Suspect, named_classes, read_suspect, refuse_unusable, understand
+from calibration.suspect import Suspect, named_classes, read_suspect, refuse_disorder, understand
 from models import bundle
 from models.guard import Guard, fuse
 from models.preprocessing import Preprocessing
@@ -139,7 +139,7 @@ def _labelled(path: Path, config: CalibrationConfig, suspect: Suspect) -> CleanS
 
 def _understand(config: CalibrationConfig, opened: _Opened, device: torch.device) -> Material:
     understood = understand(opened.suspect, opened.clean, opened.parts.fit, device, config.seed)
-    refuse_unusable(understood, opened.clean)
+    refuse_disorder(understood)
     fit, held_back = (_load(opened.clean, rows, understood.preprocessing, device) for rows in (opened.parts.fit, opened.parts.held_back))
     validation = _load(opened.validation, opened.parts.validation, understood.preprocessing, device)
     return Material(understood, fit, held_back if len(held_back) else None, validation, device)

@@ -16,7 +16,7 @@ from calibration.clean_set import CleanSet
 from calibration.config import CalibrationConfig
 from calibration.presets import Material, Trained
 from calibration.split import Parts
-from calibration.suspect import doubts
+from calibration.suspect import doubts_on_images
 from models.guard import Guard, Judgement
 from models.threshold import Threshold
 
@@ -57,7 +57,7 @@ def summarise(
         checks.wide_interval(threshold),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
         checks.no_cut(config.preset == "auto" and trained.cuts is None),
-        *doubts(suspect, told_apart=True),
+        *doubts_on_images(material.understood, clean),
     ]
     return {
         "guard": config.name,
@@ -70,6 +70,7 @@ def summarise(
         "clean_accuracy": accuracies,
         "images": {name: len(rows) for name, rows in vars(parts).items()},
         "preprocessing": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in finding.candidates],
+        "preprocessing_notes": list(finding.notes),
         "settings": trained.settings,
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
         "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in clean.warnings],

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from calibration import checks
 from calibration.checks import Caution
 from calibration.clean_set import CleanSet
+from calibration.labels import Contamination, Reordering, at_chance, check_labels, contamination
 from calibration.preprocessing import Finding, find_preprocessing
 from calibration.split import Rows
 from models import architectures
 from models.architectures import Architecture, Match
 from models.architectures.huggingface import rename
-from models.checkpoint import Checkpoint, load_weights, read_checkpoint
-from models.errors import CheckpointMismatch, ConfigInvalid, SuspectModelUseless
+from models.checkpoint import Checkpoint, clean_name, listed, load_weights, read_checkpoint
+from models.errors import CheckpointMismatch, CleanSetLabels, ConfigInvalid
 from models.parallel import cpu_threads
 from models.preprocessing import Preprocessing
 
@@ -56,10 +57,12 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Understood:
-    """A suspect whose preprocessing was found on clean images."""
+    """A suspect whose preprocessing was found on clean images. `reordering`: another class order that the labels fit much better."""
 
     suspect: Suspect
     finding: Finding
+    rows: Rows  # the images that it was found on: finding.logits are theirs
+    reordering: Reordering | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -118,23 +121,35 @@ def named_classes(given: Sequence[str] | None, suspect: Suspect, clean: CleanSet
 
 
 def understand(suspect: Suspect, clean: CleanSet, rows: Rows, device: torch.device, seed: int) -> Understood:
-    """Find the preprocessing on the images `rows` of a clean set, and with it which of the networks that fit the suspect really is."""
+    """Find the preprocessing on the images `rows` of a clean set, and with it which of the networks that fit the suspect really is.
+
+    Raises CleanSetMislabelled or SuspectModelUseless where labels and outputs have nothing to do with each other in any class order.
+    """
     order = np.random.default_rng(seed).permutation(rows)
     labels = torch.from_numpy(clean.labels[order])
-    best = Understood(suspect, _find(suspect, clean, order, labels, device))
+    finding = _find(suspect, clean, order, labels, device)
+    best = Understood(suspect, finding, order[: finding.images])
     for match in suspect.others:
         other = replace(suspect, match=match, network=_network(match, suspect.checkpoint, device))
         if _accuracy(other, best.preprocessing, clean, order[:GLANCE]) > _accuracy(best.suspect, best.preprocessing, clean, order[:GLANCE]):
-            found = Understood(other, _find(other, clean, order, labels, device))
-            best = max(best, found, key=lambda understood: understood.finding.best.accuracy)
+            finding = _find(other, clean, order, labels, device)
+            best = max(best, Understood(other, finding, order[: finding.images]), key=lambda understood: understood.finding.best.accuracy)
     others = tuple(match for match in (suspect.match, *suspect.others) if match is not best.suspect.match)
-    return replace(best, suspect=replace(best.suspect, others=others))
+    reordering = check_labels(best.finding.logits, labels[: best.finding.images], clean.names)
+    return replace(best, suspect=replace(best.suspect, others=others), reordering=reordering)
 
 
 def _find(suspect: Suspect, clean: CleanSet, order: Rows, labels: Tensor, device: torch.device) -> Finding:
+    def find(sizes: Sequence[int]) -> Finding:
+        return find_preprocessing(suspect.network, clean.image, order.tolist(), labels, sizes, device, claimed)
+
     sidecar = suspect.checkpoint.sidecar
     claimed = None if sidecar is None else sidecar.preprocessing
-    return find_preprocessing(suspect.network, clean.image, order.tolist(), labels, _sizes(suspect)[0], device)
+    if claimed is not None and _takes(suspect, claimed.size):
+        found = find([claimed.size])  # no other sizes, where what is claimed holds
+        if found.best.preprocessing == claimed and not at_chance(found.best.accuracy, labels):
+            return found
+    return find(_sizes(suspect, claimed))
 
 
 def _accuracy(suspect: Suspect, preprocessing: Preprocessing, clean: CleanSet, rows: Rows) -> float:
@@ -145,39 +160,68 @@ def _accuracy(suspect: Suspect, preprocessing: Preprocessing, clean: CleanSet, r
     return float(np.mean(prediction == clean.labels[rows]))
 
 
-def _sizes(suspect: Suspect) -> list[int]:
-    """Sides of the input that the network takes, the likeliest first: what the file states, the architecture's usual one, then those in use."""
+def _sizes(suspect: Suspect, claimed: Preprocessing | None) -> list[int]:
+    """Sides of the input that the network takes, the likeliest first: what is stated, the architecture's usual one, then those in use."""
     stated = suspect.checkpoint.hints.get("img_size")
-    first = [size for size in (stated, suspect.architecture.size) if isinstance(size, int) and 8 <= size <= 1024]
-    shadow = copy.deepcopy(suspect.network).to("meta")  # shapes alone: costs no arithmetic
-    return [size for size in dict.fromkeys((*first, *USUAL_SIZES)) if size in first[-1:] or _takes(shadow, size)]
+    first = [size for size in (claimed and claimed.size, stated, suspect.architecture.size) if isinstance(size, int) and 8 <= size <= 1024]
+    return [size for size in dict.fromkeys((*first, *USUAL_SIZES)) if size == suspect.architecture.size or _takes(suspect, size)]
 
 
 @torch.inference_mode()
-def _takes(network: nn.Module, size: int) -> bool:
+def _takes(suspect: Suspect, size: int) -> bool:
+    shadow = copy.deepcopy(suspect.network).to("meta")  # shapes alone: costs no arithmetic
     try:
-        network(torch.empty(1, 3, size, size, device="meta"))
+        shadow(torch.empty(1, 3, size, size, device="meta"))
     except Exception:  # noqa: BLE001  # libraries say so in many ways
         return False
     return True
 
 
-def doubts(suspect: Suspect, told_apart: bool) -> list[Caution]:
-    """What to doubt about what the suspect is said to be. told_apart: by clean images, where several networks fit."""
+def doubts(suspect: Suspect) -> list[Caution]:
+    """What to doubt about what a checkpoint is said to be."""
     cautions = checks.checkpoint(suspect.checkpoint)
     if suspect.others:
         names = ", ".join(match.fit.architecture.name for match in suspect.others)
-        how = "get no more clean images right" if told_apart else "may be meant: bring a clean set, or name the right one with `architecture`"
-        cautions.append(Caution("several-architectures", f"The weights also fit {names}, which compute something else from them and {how}."))
+        cautions.append(Caution("several-architectures", f"The weights also fit {names}, which compute something else from them; taken was the best."))
     return cautions
 
 
-def refuse_unusable(understood: Understood, clean: CleanSet) -> None:
-    """Raises SuspectModelUseless where the suspect does not know the task."""
-    best, largest_class = understood.finding.best, float(np.bincount(clean.labels).max() / len(clean))
-    if best.accuracy < 1.5 * largest_class and best.accuracy < (1 + largest_class) / 2:
-        raise SuspectModelUseless(
-            f"The suspect gets {best.accuracy:.1%} of the clean images right under the best preprocessing found; always naming the largest class gives "
-            f"{largest_class:.1%}. Either the class order differs (give the class names in the order of the suspect's outputs as `classes`), or the clean "
-            "set is not from its task, or the model is not trained."
+def doubts_on_images(understood: Understood, clean: CleanSet) -> list[Caution]:
+    """The same, and what clean images show to be doubtful about suspect and labels."""
+    cautions = doubts(understood.suspect)
+    if (outputs := checks.outputs_probabilities(understood.finding.logits)) is not None:
+        cautions.append(outputs)
+    if (order := understood.reordering) is not None:
+        cautions.append(Caution("class-order", _suggestion(order)))
+    for concentration in contradictions(understood, clean).concentrations:
+        name = clean_name(clean.names[concentration.predicted])
+        cautions.append(
+            Caution(
+                "contamination",
+                f"{concentration.count} of {len(understood.rows)} clean images, of {concentration.labels} other classes, are surely {name} to the suspect. "
+                "Look at them: triggers in the clean set would show so.",
+            )
         )
+    return cautions
+
+
+def contradictions(understood: Understood, clean: CleanSet) -> Contamination:
+    """Images of which the suspect is sure that they are of another class than their label; their rows are those of the clean set."""
+    found = contamination(understood.finding.logits, torch.from_numpy(clean.labels[understood.rows]))
+    return replace(found, contradictions=tuple(replace(each, row=int(understood.rows[each.row])) for each in found.contradictions))
+
+
+def refuse_disorder(understood: Understood) -> None:
+    """Raises CleanSetLabels where the labels fit only another class order: it is for the user to confirm."""
+    order = understood.reordering
+    if order is not None and order.given < 0.5 * order.accuracy:
+        raise CleanSetLabels(_suggestion(order))
+
+
+def _suggestion(order: Reordering) -> str:
+    names = ",".join(clean_name(name) for name in order.names)
+    few = f" The classes that differ: {listed(order.moved)}." if len(order.moved) < len(order.names) else ""
+    return (
+        f"The labels seem to be in this other order: the suspect gets {order.accuracy:.1%} of the clean images right with it, and {order.given:.1%} with the "
+        f"order given.{few} If that is so, confirm it by passing the classes in the order of the suspect's outputs: {names}."
+    )

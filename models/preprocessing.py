@@ -37,7 +37,7 @@ def decode(data: bytes) -> Image.Image:
         if image.mode not in _EIGHT_BIT_MODES:
             raise ImageMode(f"The image has pixels of mode {image.mode}; save it as 8-bit grey, palette, RGB or CMYK.")
         return image.convert("RGB")
-    except (ImageTooSmall, ImageTooLarge, ImageMode):
+    except (ImageTooSmall, ImageTooLarge, ImageMode, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge from error

@@ -222,6 +222,9 @@ def _print_inspection(found: dict[str, Any]) -> None:
         line("Preprocessing", f"{found['preprocessing_text']} (from the {found['preprocessing_from']})")
     if found["accuracy"] is not None:
         line("Accuracy", f"{found['accuracy']:.1%} of the clean images")
+        close = found["candidates"][1] if len(found["candidates"]) > 1 and not found["preprocessing_clear"] else None
+        if close is not None:
+            line("", f"not clearly better than {close['normalisation']} ({close['accuracy']:.1%} right, {-close['evidence']:.1f} nats behind)")
     for note in found["notes"]:
         line("Note", note)
     for warning in found["warnings"]:

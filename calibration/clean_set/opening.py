@@ -57,6 +57,9 @@ class _Encoded:
     def __len__(self) -> int:
         return len(self.members)
 
+    def name(self, index: int) -> str:
+        return cleaned(self.container.entries[self.members[index]].name)
+
     def image(self, index: int) -> Image.Image:
         member = self.members[index]
         data = self.container.read(member, self.limit)
@@ -178,4 +181,4 @@ def _in_tensors(images: Images, values: NDArray[np.int64], source: str) -> _Foun
 
 def _wanted(entry: Entry) -> bool:
     """Whether a member of a tar.gz can matter for the layout or the images."""
-    return not is_litter(entry) and (suffix(entry) in IMAGES or suffix(entry) in SIDECARS or entry.path[-1].lower() in METADATA)
+    return bool(entry.path) and not is_litter(entry) and (suffix(entry) in IMAGES or suffix(entry) in SIDECARS or entry.path[-1].lower() in METADATA)

@@ -25,6 +25,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int) -> str: ...
+
     def image(self, index: int) -> Image.Image: ...
 
 
@@ -53,6 +55,10 @@ class CleanSet:
     def image(self, i: int) -> Image.Image:
         """The i-th image in RGB, read and decoded now."""
         return self._images.image(int(self._members[i]))
+
+    def name(self, i: int) -> str:
+        """What the i-th image is called where it came from, in plain characters."""
+        return self._images.name(int(self._members[i]))
 
     def images(self, indices: Iterable[int] | None = None) -> Iterator[Image.Image]:
         """The images of these indices, or all, in order, one in memory at a time."""

@@ -50,6 +50,9 @@ class Tensors:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
     def image(self, index: int) -> Image.Image:
         shape = self.images.shape[1:]
         size = math.prod(shape)

@@ -76,16 +76,20 @@ def _find_directory(file: ByteFile) -> tuple[int, int, int]:
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + _END.size > len(tail):
         raise CleanSetInvalid("The zip is truncated: its directory is missing.")
-    _, disk, disk0, here, count, length, start, comment = _END.unpack_from(tail, at)
+    *numbers, comment = _END.unpack_from(tail, at)[1:]
     end = tail_start + at
     if end + _END.size + comment != file.size:
         raise CleanSetInvalid("The zip is damaged: data follows its end.")
-    if 0xFFFF in (here, count) or 0xFFFFFFFF in (length, start):
-        magic, _, end64, _ = _END64_LOCATOR.unpack(file.read(end - _END64_LOCATOR.size, _END64_LOCATOR.size))
-        magic64, _, _, _, disk, disk0, here, count, length, start = _END64.unpack(file.read(end64, _END64.size))
-        if magic != b"PK\x06\x07" or magic64 != b"PK\x06\x06":
-            raise CleanSetInvalid("The zip is damaged: its zip64 directory is missing.")
-        end = end64
+    locator = file.read(end - _END64_LOCATOR.size, _END64_LOCATOR.size) if end >= _END64_LOCATOR.size else b""
+    if locator.startswith(b"PK\x06\x07"):  # some writers add it always; it must say the same, or what the short record leaves to it
+        end = _END64_LOCATOR.unpack(locator)[2]
+        magic64, _, _, _, *wide = _END64.unpack(file.read(end, _END64.size))
+        if magic64 != b"PK\x06\x06" or any(short not in (0xFFFF, 0xFFFFFFFF, full) for short, full in zip(numbers, wide, strict=True)):
+            raise CleanSetInvalid("The zip is damaged: its zip64 directory is missing or another.")
+        numbers = wide
+    elif 0xFFFF in numbers[2:4] or 0xFFFFFFFF in numbers[4:]:
+        raise CleanSetInvalid("The zip is damaged: its zip64 directory is missing.")
+    disk, disk0, here, count, length, start = numbers
     if disk or disk0 or here != count:
         raise CleanSetInvalid("The zip is one part of several; join them into one.")
     if start + length != end:

@@ -5,7 +5,6 @@ Only names decide here; what the chosen files hold is judged by their readers. R
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from models.checkpoint.limits import Limits, listed
 from models.checkpoint.mapping import map_file
 from models.checkpoint.sidecar import MOST_BYTES
+from models.checkpoint.strict_json import parse
 from models.checkpoint.torch_zip import Entries
 from models.errors import CheckpointFormat, CheckpointInvalid
 
@@ -88,9 +88,11 @@ def _weights(files: Mapping[str, Read]) -> dict[str, Read]:
 
 def _parts(index: bytes, files: Mapping[str, Read]) -> list[str]:
     try:
-        names = sorted(set(json.loads(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = sorted(set(parse(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointInvalid("The index of the divided weights is damaged.") from error
     if missing := [str(name) for name in names if name not in files]:
         raise CheckpointInvalid(f"Parts of the weights are missing: {listed(missing)}.")
+    if not names:
+        raise CheckpointInvalid("The index of the divided weights names no part.")
     return names

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import torch
 from torch import Tensor
 
 from models.checkpoint.limits import Limits
+from models.checkpoint.strict_json import parse
 from models.checkpoint.torch_zip import MOST_DIMENSIONS, bytes_tensor
 from models.errors import CheckpointDtype, CheckpointInvalid
 
@@ -46,8 +46,8 @@ _Claim = tuple[str, torch.dtype, list[int], list[int]]
 
 def _header(text: bytes, limits: Limits) -> list[_Claim]:
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_constant)
-    except (ValueError, RecursionError) as error:
+        header = parse(text)
+    except ValueError as error:
         raise CheckpointInvalid("The safetensors header is not strict JSON.") from error
     if not isinstance(header, dict):
         raise CheckpointInvalid("The safetensors header is not a JSON object.")
@@ -70,13 +70,3 @@ def _claim(name: str, entry: object, limits: Limits) -> _Claim:
                 raise CheckpointInvalid("The safetensors header names an unknown dtype.")
             return name, _DTYPES[kind], shape, offsets
     raise CheckpointInvalid("The safetensors header describes a tensor by other than dtype, shape and data_offsets.")
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(made := dict(pairs)) != len(pairs):
-        raise ValueError("a name twice")
-    return made
-
-
-def _constant(_: str) -> object:
-    raise ValueError("NaN or infinity")

@@ -6,7 +6,6 @@ be followed is noted. What these files mean is read off timm.data (`resolve_data
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from models.checkpoint.limits import clean_name, listed
+from models.checkpoint.strict_json import parse
 from models.errors import CheckpointInvalid, CheckpointMismatch
 from models.preprocessing import Preprocessing
 
@@ -58,19 +58,9 @@ def strict_json(data: bytes, name: str) -> Any:
     if len(data) > MOST_BYTES:
         raise CheckpointInvalid(f"{name} is larger than {MOST_BYTES:,} bytes.")
     try:
-        return json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_constant)
-    except (ValueError, RecursionError) as error:
+        return parse(data)
+    except ValueError as error:
         raise CheckpointInvalid(f"{name} is not strict JSON.") from error
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(made := dict(pairs)) != len(pairs):
-        raise ValueError("a name twice")
-    return made
-
-
-def _constant(_: str) -> object:
-    raise ValueError("NaN or infinity")
 
 
 # ---- timm

@@ -235,6 +235,12 @@ def test_nothing_comes_of(upload: str, tmp_path: Path) -> None:
     refused(make(), tmp_path, CleanSetInvalid, detail)
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_member_without_a_name_is_left_out_of_a_tar(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "set").write_bytes(tarred({**FOLDERS, ".": b"x"}, mode=mode))
+    assert len(open_clean_set(tmp_path / "set", FEW)) == 24
+
+
 @pytest.mark.parametrize("pack", [zipped, tarred], ids=["zip", "tar"])
 def test_more_entries_than_the_cap_are_refused_in(pack: Callable[[Files], bytes], tmp_path: Path) -> None:
     refused(pack(FOLDERS), tmp_path, CleanSetInvalid, "more than 20 entries", Limits(min_images=24, entries=20))

@@ -51,7 +51,7 @@ def fuzz(reader: str, seconds: float, folder: Path) -> dict[str, Any]:
         worker = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", env={**os.environ, "OMP_NUM_THREADS": "1"})
         (folder / f"log-{processes}").write_text(worker.stdout + worker.stderr)
         ran = [int(number) for number in re.findall(r"^(?:#|stat::number_of_executed_units: )(\d+)", worker.stderr, re.MULTILINE)]
-        if not ran:
+        if not ran or (worker.returncode and "Test unit written to" not in worker.stderr):
             raise SystemExit(f"{reader} could not be fuzzed:\n{worker.stderr[-2000:]}")
         executions, processes = executions + max(ran), processes + 1
         coverage = max([coverage, *map(int, re.findall(r" cov: (\d+)", worker.stderr))])

@@ -1,11 +1,13 @@
-"""What is fuzzed: for each reader honest seeds, what is done with a file, how its checksums are mended after a mutation, and what it may raise."""
+"""What is fuzzed: for each reader honest seeds, what is done with a file, how it is mutated, and what it may raise."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import io
 import json
+import random
 import re
 import struct
 import tarfile
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +48,7 @@ class Reader:
     seeds: Callable[[], list[bytes]]
     mend: Callable[[bytes], bytes] = bytes
     unpack: Callable[[bytes], bytes] = bytes  # what is mutated in a file: the inverse of `mend`
+    shake: Callable[[bytes, random.Random], bytes] | None = None  # mutates the JSON in a file as a tree; ValueError where there is none
 
 
 @contextmanager
@@ -74,7 +78,8 @@ def pickled(data: bytes) -> None:
 
 
 def pickle_in_zip(data: bytes) -> None:
-    checkpoint(zipped({"a/data.pkl": data, **{f"a/data/{key}": bytes(range(64)) for key in range(3)}}))
+    """Beside storages of 64 bytes each: those of `small`."""
+    checkpoint(zipped({"a/data.pkl": data, **{f"a/data/{key}": bytes(range(64)) for key in range(5)}}))
 
 
 def sidecar(data: bytes) -> None:
@@ -95,7 +100,12 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def safetensors_files() -> list[bytes]:
-    kinds = {"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(2, 2, dtype=torch.bfloat16), "c": torch.zeros(0, 3), "d": torch.ones(2, dtype=torch.int8)}
+    kinds = {
+        "a": torch.ones(2, dtype=torch.float16),
+        "b": torch.ones(2, 2, dtype=torch.bfloat16),
+        "c": torch.zeros(0, 3),
+        "d": torch.ones(2, dtype=torch.int32),
+    }
     return [safetensors.torch.save({name: tensor.clone() for name, tensor in state().items()}, {"format": "pt"}), safetensors.torch.save(kinds)]
 
 
@@ -114,12 +124,26 @@ def torch_files() -> list[bytes]:
     return [*files, repacked(files[0], zipfile.ZIP_DEFLATED)]
 
 
-def pickles() -> list[bytes]:
-    found = []
-    for file in torch_files():
-        with zipfile.ZipFile(io.BytesIO(file)) as archive:
-            found += [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-    return found
+def small() -> dict[str, Any]:
+    """Each storage has 64 bytes, and all of them are finite numbers."""
+    rows = torch.zeros(4, 4)
+    weights = {
+        "model.a.weight": rows,
+        "model.a.bias": rows[1],
+        "model.b.weight": torch.zeros(2, 2, 8, dtype=torch.bfloat16),
+        "model.c": torch.zeros(8).double(),
+    }
+    return {"net": weights, "ema": {"w": torch.nn.Parameter(torch.zeros(16))}, "num_classes": 10, "step": torch.zeros(8, dtype=torch.int64)}
+
+
+def pickles(*objects: Any) -> list[bytes]:
+    files = torch_files()
+    for thing in objects:
+        torch.save(thing, buffer := io.BytesIO())
+        files.append(buffer.getvalue())
+    return [
+        zipfile.ZipFile(io.BytesIO(file)).read(name) for file in files for name in zipfile.ZipFile(io.BytesIO(file)).namelist() if name.endswith("data.pkl")
+    ]
 
 
 def packages() -> list[bytes]:
@@ -215,9 +239,13 @@ def tarred(files: dict[str, bytes], style: int = tarfile.PAX_FORMAT) -> bytes:
 
 
 def zips() -> list[bytes]:
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive, archive.open("cat/big.png", "w", force_zip64=True) as member:
-        member.write(PNGS[0])
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name, data in FOLDERS.items():
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(data)
+    described = zipped({**{f"{i}.png": PNGS[i] for i in range(4)}, "metadata.csv": CSV})
     return [
+        described,
         zipped(FOLDERS),
         zipped(FOLDERS, zipfile.ZIP_DEFLATED),
         zipped({"train/": b"", **{f"train/{name}": data for name, data in FOLDERS.items()}}),
@@ -254,11 +282,10 @@ def tensor_sets() -> list[bytes]:
     return [safetensors.torch.save({"images": torch.from_numpy(STACK), "labels": torch.from_numpy(LABELS)}, meta) for meta in (None, {"made": "by hand"})]
 
 
-def tables() -> list[bytes]:
-    csv.writer(quoted := io.StringIO(), quoting=csv.QUOTE_ALL).writerows(
-        [("label", "file_name"), *(("dog" if i % 2 else "cat, big", f"{i}.png") for i in range(4))]
-    )
-    return [CSV, JSONL, b"\xef\xbb\xbf" + CSV, quoted.getvalue().encode(), JSONL.replace(b"label", b"category")]
+def csvs() -> list[bytes]:
+    rows = [("label", "file_name"), *((("dog", "emu", "cat, big")[i % 3], f"{i}.png") for i in range(4))]
+    csv.writer(quoted := io.StringIO(), quoting=csv.QUOTE_ALL).writerows(rows)
+    return [CSV, b"\xef\xbb\xbf" + CSV, quoted.getvalue().encode()]
 
 
 # ---- images
@@ -319,7 +346,7 @@ def mend_png(data: bytes) -> bytes:
 def mend_zip(data: bytes) -> bytes:
     """Stored members get the checksum that fits them, in their own header and in the directory."""
     whole = bytearray(data)
-    for found in re.finditer(rb"PK\1\2", data):
+    for found in re.finditer(b"PK\\x01\\x02", data):
         at = found.start()
         if at + 46 > len(whole):
             continue
@@ -332,21 +359,76 @@ def mend_zip(data: bytes) -> bytes:
     return bytes(whole)
 
 
+# ---- shaking: bytes that are mutated blindly are seldom JSON
+
+STRANGE: list[Any] = [
+    *(None, True, False, 0, 1, 2, 7, -1, 1 << 31, 1 << 62, 1 << 64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")),
+    *("", "0", "a", "\ud800", "\0", "x" * 600, "../x", [], {}, [[]], [0], {"": 0}, [1] * 100),
+]
+
+
+def shaken(text: bytes, chance: random.Random) -> bytes:
+    """JSON with up to three values replaced, moved, doubled or left out."""
+    tree = json.loads(text)
+    for _ in range(chance.randint(1, 3)):
+        if not (slots := list(_slots(tree))):
+            return json.dumps(chance.choice(STRANGE)).encode()
+        (holder, key), (other, where) = chance.choice(slots), chance.choice(slots)
+        match chance.randrange(4):
+            case 0:
+                holder[key] = copy.deepcopy(chance.choice(STRANGE))
+            case 1:
+                holder[key] = copy.deepcopy(other[where])
+            case 2:
+                del holder[key]
+            case _ if isinstance(holder, list):
+                holder.append(copy.deepcopy(other[where]))
+            case _:
+                holder[str(where)] = copy.deepcopy(other[where])
+    return json.dumps(tree, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
+
+
+def _slots(tree: Any) -> Iterator[tuple[Any, Any]]:
+    waiting = [tree]
+    while waiting:
+        holder = waiting.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        for key in keys:
+            yield holder, key
+            waiting.append(holder[key])
+
+
+def shake_parts(separator: bytes) -> Callable[[bytes, random.Random], bytes]:
+    def shake(data: bytes, chance: random.Random) -> bytes:
+        parts = data.split(separator)
+        at = chance.randrange(len(parts))
+        return separator.join([*parts[:at], shaken(parts[at], chance), *parts[at + 1 :]])
+
+    return shake
+
+
+def shake_header(data: bytes, chance: random.Random) -> bytes:
+    """Of a safetensors file."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    text = shaken(data[8:end], chance)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
 READERS = {
-    "safetensors": Reader(CheckpointProblem, checkpoint, safetensors_files),
+    "safetensors": Reader(CheckpointProblem, checkpoint, safetensors_files, shake=shake_header),
     "torch-zip": Reader(CheckpointProblem, checkpoint, lambda: [*torch_files(), *packages()]),
     "pickle": Reader(CheckpointProblem, pickled, pickles),
-    "pickle-in-zip": Reader(CheckpointProblem, pickle_in_zip, pickles),
-    "package": Reader(CheckpointProblem, package, indices),
-    "sidecar": Reader(CheckpointProblem, sidecar, configs),
-    "set-zip": Reader(CleanSetProblem, clean_set, lambda: [*zips(), zipped({"0.png": PNGS[0], "1.png": PNGS[1], "metadata.csv": CSV})], mend_zip),
+    "pickle-in-zip": Reader(CheckpointProblem, pickle_in_zip, lambda: pickles(small(), small()["net"])),
+    "package": Reader(CheckpointProblem, package, indices, shake=shake_parts(b"\0")),
+    "sidecar": Reader(CheckpointProblem, sidecar, configs, shake=shake_parts(b"\0")),
+    "set-zip": Reader(CleanSetProblem, clean_set, zips, mend_zip),
     "set-tar": Reader(CleanSetProblem, clean_set, tars, mend_tar),
     "set-tar-gz": Reader(CleanSetProblem, clean_set, lambda: [mend_tar_gz(file) for file in tars()], mend_tar_gz, gunzip),
     "set-webdataset": Reader(CleanSetProblem, clean_set, lambda: [tarred(SIDECARS)], mend_tar),
     "set-parquet": Reader(CleanSetProblem, clean_set, parquets),
-    "set-safetensors": Reader(CleanSetProblem, clean_set, tensor_sets),
+    "set-safetensors": Reader(CleanSetProblem, clean_set, tensor_sets, shake=shake_header),
     "set-npz": Reader(CleanSetProblem, arrays, npys),
-    "set-csv": Reader(CleanSetProblem, table("metadata.csv"), tables),
-    "set-jsonl": Reader(CleanSetProblem, table("metadata.jsonl"), tables),
+    "set-csv": Reader(CleanSetProblem, table("metadata.csv"), csvs),
+    "set-jsonl": Reader(CleanSetProblem, table("metadata.jsonl"), lambda: [JSONL, JSONL.replace(b"label", b"category")], shake=shake_parts(b"\n")),
     "image": Reader(ImageProblem, image, images, mend_png),
 }

@@ -14,6 +14,7 @@ import random
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
@@ -53,14 +54,18 @@ def main() -> None:
             record(findings, data, "slow", f"{spent:.1f} s of processor time\n")
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
+        chance = random.Random(seed)
+        if reader.shake and chance.random() < 0.7:
+            with suppress(ValueError, RecursionError, MemoryError):
+                return reader.shake(data, chance)[:most]
         mutated = bytes(atheris.Mutate(reader.unpack(data), most))
-        return (mutated if random.Random(seed).random() < 0.1 else reader.mend(mutated))[:most]
+        return (mutated if chance.random() < 0.1 else reader.mend(mutated))[:most]
 
     corpus = Path(sys.argv[-1])
     for seed in reader.seeds():
         (corpus / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
-    mended = reader.mend is not bytes
-    atheris.Setup([sys.argv[0], *sys.argv[3:]], run, **({"custom_mutator": mutate} if mended else {}))
+    own = {"custom_mutator": mutate} if reader.shake or reader.mend is not bytes else {}
+    atheris.Setup([sys.argv[0], *sys.argv[3:]], run, **own)
     atheris.Fuzz()
 
 

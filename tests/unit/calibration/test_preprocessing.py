@@ -1,0 +1,140 @@
+"""The preprocessing is found from 200 images. The networks are one really trained suspect, rewritten for other preprocessings."""
+
+from __future__ import annotations
+
+import copy
+import zipfile
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from calibration.labels import check_labels
+from calibration.preprocessing import Finding, find_preprocessing
+from models.cifar import thin_resnet
+from models.errors import CleanSetMislabelled, SuspectModelUseless
+from models.preprocessing import Preprocessing
+from tests.conftest import EXAMPLES
+
+TRAINED = Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.261))
+OTHERS = {
+    "none": Preprocessing(),
+    "half": Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    "imagenet": Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "0 to 255": Preprocessing(scale="byte"),
+    "Caffe's": Preprocessing(scale="byte", channels="bgr", mean=(103.939, 116.779, 123.68)),
+}
+CPU = torch.device("cpu")
+
+
+@cache
+def clean(count: int = 200) -> tuple[list[Image.Image], Tensor]:
+    with zipfile.ZipFile(EXAMPLES / "clean_set.zip") as archive:
+        names = sorted(archive.namelist())
+        classes = sorted({name.split("/")[0] for name in names})
+        chosen = [names[int(i)] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(1))[:count]]
+        images = [Image.open(archive.open(name)).convert("RGB") for name in chosen]
+    return images, torch.tensor([classes.index(name.split("/")[0]) for name in chosen])
+
+
+@cache
+def suspect() -> nn.Module:
+    network = thin_resnet(20, 10)
+    network.load_state_dict(load_file(EXAMPLES / "suspect_badnet.safetensors"))
+    return network.eval()
+
+
+def rewritten(network: nn.Module, other: Preprocessing) -> nn.Module:
+    """The network that answers under `other` as `network` does under TRAINED, but for the border that the first convolution pads with."""
+    network = copy.deepcopy(network)
+    flip = other.channels == "bgr"
+    order = [2, 1, 0] if flip else [0, 1, 2]
+    unit = 255.0 if other.scale == "byte" else 1.0
+    # Per channel in `other`'s order: the trained input is (other's input * spread + centre - mean) / std.
+    centre, spread = (torch.tensor(values) / unit for values in (other.mean, other.std))
+    mean, std = (torch.tensor(values)[order] for values in (TRAINED.mean, TRAINED.std))
+    with torch.no_grad():
+        weight = network.conv1.weight[:, order]
+        network.bn1.running_mean -= (weight.sum((2, 3)) * ((centre - mean) / std)).sum(1)
+        network.conv1.weight.copy_(weight * (spread / std)[None, :, None, None])
+    return network
+
+
+def search(network: nn.Module, labels: Tensor | None = None, sizes: tuple[int, ...] = (32,), claimed: Preprocessing | None = None) -> Finding:
+    images, truth = clean()
+    return find_preprocessing(network, images.__getitem__, range(len(images)), truth if labels is None else labels, sizes, CPU, claimed)
+
+
+@cache
+def usual() -> Finding:
+    return search(suspect(), sizes=(32, 64))
+
+
+def test_neighbouring_normalisations_are_told_apart() -> None:
+    found = usual()
+    assert found.best.preprocessing == TRAINED
+    assert found.best.accuracy > 0.85
+    assert found.images == 200
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_preprocessing_is_found_whatever_it_was(name: str) -> None:
+    found = search(rewritten(suspect(), OTHERS[name]))
+    assert found.best.preprocessing == OTHERS[name]
+    assert found.clear or found.candidates[1].accuracy > 0.8  # what is not clear is no worse
+
+
+def test_a_claim_is_taken_where_it_agrees_and_not_where_the_images_speak_against_it() -> None:
+    close = replace(TRAINED, mean=(0.49, 0.48, 0.45))
+    assert search(suspect(), claimed=close).best.preprocessing == close
+    found = search(suspect(), claimed=Preprocessing(mean=(0.9, 0.9, 0.9), std=(0.1, 0.1, 0.1)))
+    assert found.best.preprocessing == TRAINED
+    assert any("not taken" in note for note in found.notes)
+
+
+def test_images_that_must_be_resized_are_resized_as_in_training() -> None:
+    """A network for 32 pixels, and the same images twice as large."""
+    images, labels = clean()
+    large = [image.resize((64, 64), Image.Resampling.NEAREST) for image in images]
+    found = find_preprocessing(suspect(), large.__getitem__, range(len(large)), labels, (32,), CPU)
+    assert (found.best.preprocessing.size, found.best.preprocessing.resize) == (32, 32)
+    assert found.best.accuracy > 0.85
+
+
+def test_a_shuffled_class_order_is_reported_and_the_preprocessing_found_all_the_same() -> None:
+    _, truth = clean()
+    names = [f"class {i}" for i in range(10)]
+    shift = (torch.arange(10) + 3) % 10  # the labels say 3 more than the suspect
+    found = search(suspect(), labels=shift[truth])
+    assert found.best.preprocessing == TRAINED
+    order = check_labels(found.logits, shift[truth], names)
+    assert order is not None
+    assert list(order.names) == [names[int(shift[output])] for output in range(10)]
+    assert order.accuracy > 0.85 > 0.2 > order.given
+
+
+def test_two_classes_that_were_swapped_are_named() -> None:
+    _, truth = clean()
+    names = [f"class {i}" for i in range(10)]
+    swapped = torch.tensor([0, 1, 2, 3, 9, 5, 6, 7, 8, 4])[truth]
+    order = check_labels(usual().logits, swapped, names)
+    assert order is not None and set(order.moved) == {"class 4", "class 9"}
+
+
+def test_the_right_order_is_left_alone() -> None:
+    _, truth = clean()
+    assert check_labels(usual().logits, truth, [str(i) for i in range(10)]) is None
+
+
+def test_labels_mixed_up_among_the_images_are_told_from_a_useless_suspect() -> None:
+    _, truth = clean()
+    mixed = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(5))]
+    with pytest.raises(CleanSetMislabelled):
+        check_labels(usual().logits, mixed, [str(i) for i in range(10)])
+    torch.manual_seed(0)
+    with pytest.raises(SuspectModelUseless):
+        check_labels(search(thin_resnet(20, 10).eval()).logits, truth, [str(i) for i in range(10)])

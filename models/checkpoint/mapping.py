@@ -14,6 +14,6 @@ def map_file(path: Path, most: int) -> memoryview:
         size = file.seek(0, 2)
         if size > most:
             raise CheckpointInvalid(f"The file is larger than {most:,} bytes.")
-        if size < 8:
-            raise CheckpointInvalid("The checkpoint is empty or cut short.")
+        if not size:
+            raise CheckpointInvalid("The file is empty.")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

@@ -86,6 +86,8 @@ def _room(view: memoryview, limits: Limits) -> int:
 
 
 def _sniff(view: memoryview) -> str:
+    if len(view) < 8:
+        raise CheckpointInvalid("The checkpoint is empty or cut short.")
     if view[:4] == torch_zip.MAGIC:
         return "torch-zip"
     head, last = bytes(view[:512]), bytes(view[-1:])

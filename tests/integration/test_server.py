@@ -213,7 +213,7 @@ def test_listening_to_the_world_without_tokens_is_refused(tmp_path: Path) -> Non
     [
         (["--name", "UPPER"], "lower-case"),
         (["--name", "x", "--target-fpr", "0.5"], "--target-fpr"),
-        (["--name", "x", "--architecture", "resnet21"], "known are"),
+        (["--name", "x", "--architecture", "resnet21"], "Known are"),
         (["--name", "x", "--checkpoint", "/nowhere"], "does not exist"),
     ],
     ids=["a bad name", "a target above a fifth", "an unknown architecture", "a file that is not there"],

@@ -15,13 +15,13 @@ from calibration import checks
 from calibration.checks import Caution
 from calibration.clean_set import CleanSet
 from calibration.labels import Contamination, Reordering, at_chance, check_labels, contamination
-from calibration.preprocessing import Finding, find_preprocessing
+from calibration.preprocessing import Candidate, Finding, find_preprocessing
 from calibration.split import Rows
 from models import architectures
 from models.architectures import Architecture, Match
 from models.architectures.huggingface import rename
 from models.checkpoint import Checkpoint, clean_name, listed, load_weights, read_checkpoint
-from models.errors import CheckpointMismatch, CleanSetLabels, ConfigInvalid
+from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, Problem, SuspectModelUseless
 from models.parallel import cpu_threads
 from models.preprocessing import Preprocessing
 
@@ -57,12 +57,16 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Understood:
-    """A suspect whose preprocessing was found on clean images. `reordering`: another class order that the labels fit much better."""
+    """A suspect whose preprocessing was found on clean images.
+
+    reordering: another class order that the labels fit much better. unusable: why labels and outputs have nothing to do with each other in any order.
+    """
 
     suspect: Suspect
     finding: Finding
     rows: Rows  # the images that it was found on: finding.logits are theirs
     reordering: Reordering | None = None
+    unusable: Problem | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -121,10 +125,7 @@ def named_classes(given: Sequence[str] | None, suspect: Suspect, clean: CleanSet
 
 
 def understand(suspect: Suspect, clean: CleanSet, rows: Rows, device: torch.device, seed: int) -> Understood:
-    """Find the preprocessing on the images `rows` of a clean set, and with it which of the networks that fit the suspect really is.
-
-    Raises CleanSetMislabelled or SuspectModelUseless where labels and outputs have nothing to do with each other in any class order.
-    """
+    """Find the preprocessing on the images `rows` of a clean set, and with it which of the networks that fit the suspect really is."""
     order = np.random.default_rng(seed).permutation(rows)
     labels = torch.from_numpy(clean.labels[order])
     finding = _find(suspect, clean, order, labels, device)
@@ -135,29 +136,54 @@ def understand(suspect: Suspect, clean: CleanSet, rows: Rows, device: torch.devi
             finding = _find(other, clean, order, labels, device)
             best = max(best, Understood(other, finding, order[: finding.images]), key=lambda understood: understood.finding.best.accuracy)
     others = tuple(match for match in (suspect.match, *suspect.others) if match is not best.suspect.match)
-    reordering = check_labels(best.finding.logits, labels[: best.finding.images], clean.names)
-    return replace(best, suspect=replace(best.suspect, others=others), reordering=reordering)
+    best = replace(best, suspect=replace(best.suspect, others=others))
+    try:
+        return replace(best, reordering=check_labels(best.finding.logits, labels[: best.finding.images], clean.names))
+    except (CleanSetMislabelled, SuspectModelUseless) as problem:
+        return replace(best, unusable=problem)
 
 
 def _find(suspect: Suspect, clean: CleanSet, order: Rows, labels: Tensor, device: torch.device) -> Finding:
+    """What is claimed beside the weights is taken where the labels do not speak against it; no other sizes are tried then."""
+
     def find(sizes: Sequence[int]) -> Finding:
         return find_preprocessing(suspect.network, clean.image, order.tolist(), labels, sizes, device, claimed)
 
     sidecar = suspect.checkpoint.sidecar
     claimed = None if sidecar is None else sidecar.preprocessing
-    if claimed is not None and _takes(suspect, claimed.size):
-        found = find([claimed.size])  # no other sizes, where what is claimed holds
-        if found.best.preprocessing == claimed and not at_chance(found.best.accuracy, labels):
-            return found
-    return find(_sizes(suspect, claimed))
+    if claimed is None or not _takes(suspect, claimed.size):
+        return find(_sizes(suspect, None))
+    found = find([claimed.size])
+    n, best = found.images, found.best.accuracy
+    said = next(candidate for candidate in found.candidates if candidate.preprocessing == claimed)
+    if not at_chance(best, labels[:n]) and said.accuracy >= best - 2 * np.sqrt(max(best * (1 - best), 1 / n) / n):
+        return _believing(found, said, suspect, clean, order[:n])
+    wider = find(_sizes(suspect, claimed))
+    # Where the labels tell nothing, the claim is all there is.
+    return _believing(found, said, suspect, clean, order[:n]) if at_chance(wider.best.accuracy, labels[:n]) else wider
+
+
+def _believing(found: Finding, said: Candidate, suspect: Suspect, clean: CleanSet, rows: Rows) -> Finding:
+    """The same finding with what is claimed in the first place."""
+    if found.best is said:
+        return found
+    others = tuple(candidate for candidate in found.candidates if candidate is not said)
+    note = (
+        f"The preprocessing that config.json claims is taken: it gets {said.accuracy:.1%} of the clean images right, the best other {found.best.accuracy:.1%}."
+    )
+    return replace(found, candidates=(said, *others), notes=(note,), logits=_logits(suspect, said.preprocessing, clean, rows))
+
+
+@torch.inference_mode()
+def _logits(suspect: Suspect, preprocessing: Preprocessing, clean: CleanSet, rows: Rows) -> Tensor:
+    """float32 [N, C] on the CPU, of the images `rows`."""
+    device = next(suspect.network.parameters()).device
+    parts = [torch.stack([preprocessing.pixels(clean.image(int(row))) for row in part]) for part in np.array_split(rows, max(1, len(rows) // 32))]
+    return torch.cat([suspect.network(preprocessing.normalise(pixels.to(device))).float().cpu() for pixels in parts])
 
 
 def _accuracy(suspect: Suspect, preprocessing: Preprocessing, clean: CleanSet, rows: Rows) -> float:
-    device = next(suspect.network.parameters()).device
-    pixels = torch.stack([preprocessing.pixels(clean.image(int(row))) for row in rows]).to(device)
-    with torch.inference_mode():
-        prediction = suspect.network(preprocessing.normalise(pixels)).argmax(1).cpu().numpy()
-    return float(np.mean(prediction == clean.labels[rows]))
+    return float(np.mean(_logits(suspect, preprocessing, clean, rows).argmax(1).numpy() == clean.labels[rows]))
 
 
 def _sizes(suspect: Suspect, claimed: Preprocessing | None) -> list[int]:
@@ -191,6 +217,8 @@ def doubts_on_images(understood: Understood, clean: CleanSet) -> list[Caution]:
     cautions = doubts(understood.suspect)
     if (outputs := checks.outputs_probabilities(understood.finding.logits)) is not None:
         cautions.append(outputs)
+    if (problem := understood.unusable) is not None:
+        cautions.append(Caution(problem.code.replace("_", "-"), problem.detail))
     if (order := understood.reordering) is not None:
         cautions.append(Caution("class-order", _suggestion(order)))
     for concentration in contradictions(understood, clean).concentrations:
@@ -212,7 +240,9 @@ def contradictions(understood: Understood, clean: CleanSet) -> Contamination:
 
 
 def refuse_disorder(understood: Understood) -> None:
-    """Raises CleanSetLabels where the labels fit only another class order: it is for the user to confirm."""
+    """Raises CleanSetMislabelled, SuspectModelUseless, or CleanSetLabels where only another class order fits: that is for the user to confirm."""
+    if understood.unusable is not None:
+        raise understood.unusable
     order = understood.reordering
     if order is not None and order.given < 0.5 * order.accuracy:
         raise CleanSetLabels(_suggestion(order))

@@ -419,6 +419,7 @@ CALLS = [
     row("change", "PATCH", GUARD, "admin"),
     row("remove", "DELETE", GUARD + "/versions/9", "admin"),
     row("upload", "POST", UPLOAD, "admin"),
+    row("inspection", "POST", "/v1/inspections", "admin"),
     row("calibrations", "GET", UPLOAD, "admin"),
     row("a calibration", "GET", UPLOAD + "/x", "admin"),
     row("events", "GET", UPLOAD + "/x/events", "admin"),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -59,9 +59,8 @@ def judge(row: Row, response: httpx.Response, taken: int = 202) -> None:
         assert re.search(row.detail, body["detail"]), body["detail"]
 
 
-def rows(*chosen: Row, failing: Mapping[str, str] = {}) -> Any:
-    marks = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in failing.items()}
-    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=marks.get(row.name, ())) for row in chosen])
+def rows(*chosen: Row) -> Any:
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in chosen])
 
 
 # ---- a real server and real children
@@ -224,7 +223,6 @@ def test_a_child_finds(row: Row, client: Client, tmp_path: Path) -> None:
 
 @rows(
     *(row for row in ROWS if row.id != "C14"),  # which has nothing to say, and is long
-    failing={"C6: 99% of one class": "calibration.labels.at_chance asks more of a suspect than the largest class's share, which is 99% here"},
 )
 def test_the_command_line_says_of(row: Row, children_here: None, tmp_path: Path) -> None:
     parts = files(row, canary := tmp_path / "canary")

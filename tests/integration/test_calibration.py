@@ -16,7 +16,7 @@ from calibration.pipeline import Inputs, Result, calibrate
 from calibration.progress import STAGES, Progress
 from models import architectures, bundle
 from models.checkpoint import load_weights, read_checkpoint
-from models.errors import CheckpointMismatch, CleanSetLabels, FprUnreachable, SuspectModelUseless
+from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, FprUnreachable
 from models.preprocessing import decode
 from models.registry import Registry
 from models.threshold import rejections_expected
@@ -49,7 +49,7 @@ def test_the_preprocessing_and_architecture_are_found_and_the_report_says_so(cal
     found = report["preprocessing"][0]["preprocessing"]
     assert (found["size"], found["channels"], found["scale"]) == (32, "rgb", "unit")
     assert found["mean"] == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.04)  # its neighbours are as good on so few images
-    assert report["clean_accuracy"]["suspect"] > 0.85
+    assert report["clean_accuracy"]["suspect"] > 0.8  # of 160 images
     assert report["clean_accuracy"]["auxiliary"] > 0.5
     assert max(report["clean_accuracy"]["experts"]) < 0.5
     assert report["promise"]["n"] == report["images"]["validation"] >= 99
@@ -112,7 +112,7 @@ def relabelled(source: Path, target: Path, rename) -> Path:  # type: ignore[no-u
 def test_a_clean_set_with_shuffled_labels_is_refused(small_clean_set: Path, tmp_path: Path) -> None:
     folders = sorted({name.split("/")[0] for name in zipfile.ZipFile(small_clean_set).namelist()})
     shuffled = relabelled(small_clean_set, tmp_path / "c.zip", lambda index, name: f"{folders[index % 10]}/{index}.png")
-    with pytest.raises(SuspectModelUseless, match="class order"):
+    with pytest.raises(CleanSetMislabelled, match="class order"):
         calibrate(CalibrationConfig(name="planes"), Inputs(BADNET, shuffled), Registry(tmp_path / "guards"), CPU)
     assert Registry(tmp_path / "guards").guards() == []
 

@@ -123,6 +123,18 @@ def test_transformers(tmp_path: Path, images: list[Image.Image], kind: str, pack
     check(file, clean, state, type(network).__name__, "transformers", right)
 
 
+def test_a_claim_is_believed_where_the_labels_tell_nothing_and_that_is_told(tmp_path: Path, images: list[Image.Image]) -> None:
+    torch.manual_seed(0)
+    network, processor = huggingface("resnet")
+    network.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images[:120]]))
+    safetensors.torch.save_file({"images": pixels, "labels": torch.arange(120) % CLASSES}, tmp_path / "clean.safetensors")
+    found = inspect(InspectionConfig(), tmp_path / "saved", tmp_path / "clean.safetensors", CPU)
+    assert Preprocessing.from_json(found["preprocessing"]) == Preprocessing(64, 73, "bicubic", **IMAGENET)
+    assert {warning["code"] for warning in found["warnings"]} & {"suspect-model-useless", "clean-set-mislabelled"}
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vgg16_bn", "mobilenet_v2", "vit_b_16"])
 def test_state_dicts_of_torchvision(tmp_path: Path, images: list[Image.Image], name: str) -> None:
     """The networks are large, so the images are few and nothing is asked of the preprocessing of the largest."""

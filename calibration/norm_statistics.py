@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -93,17 +93,16 @@ def views(preprocessing: Preprocessing, pixels: Tensor, zoomed: Tensor) -> dict[
     }
 
 
-def zoom(image: Image.Image, geometry: Preprocessing, seed: int) -> Tensor:
-    """One random resized crop, as torchvision's defaults draw it: uint8 [3, size, size]."""
+def zoom(image: Image.Image, seed: int) -> Image.Image:
+    """One box of an image as torchvision's RandomResizedCrop draws it by default, not yet resized; the image itself where ten draws do not fit."""
     draw = np.random.default_rng(seed)
     for _ in range(10):
         area, ratio = image.width * image.height * draw.uniform(0.08, 1), math.exp(draw.uniform(-1, 1) * math.log(4 / 3))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < width <= image.width and 0 < height <= image.height:
             left, top = int(draw.integers(image.width - width + 1)), int(draw.integers(image.height - height + 1))
-            image = image.crop((left, top, left + width, top + height))
-            break
-    return replace(geometry, resize=geometry.size, aspect="stretch").pixels(image)
+            return image.crop((left, top, left + width, top + height))
+    return image
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,8 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # timm's "inception"
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
 }
-# Statistics of a data set, which seldom go with another one.
+# Statistics of one data set, which seldom go with another one.
 DATA_SETS: dict[str, tuple[Triple, Triple]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
     "cifar10-image": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)),  # the mean of each image's standard deviation
@@ -38,6 +37,7 @@ DATA_SETS: dict[str, tuple[Triple, Triple]] = {
     "gtsrb-full": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.198, 0.201, 0.197)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "clip": ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
     "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "tiny-imagenet-pixel": ((0.4802, 0.4481, 0.3975), (0.277, 0.2691, 0.2821)),
 }
@@ -50,6 +50,7 @@ INTERPOLATIONS: tuple[Literal["bilinear"], Literal["bicubic"]] = ("bilinear", "b
 
 GLANCE, LOOK = 64, 256  # images of the first stages and of the last one
 REACH, FINALISTS = 20.0, 12  # nats behind the best at a glance, and how many of those go on
+ROUNDS = 3  # of varying the geometry and then the normalisation
 # Where a whole search, some FORWARDS, costs more operations than AFFORDED, it looks at fewer images and fewer finalists; but not at fewer than these.
 FORWARDS, AFFORDED = 4000, {"cpu": 2e12, "cuda": 1e15}
 LEAST_GLANCE, LEAST_LOOK, LEAST_FINALISTS = 8, 48, 3
@@ -57,8 +58,8 @@ CLEAR = 3.0  # nats, and twice the standard error of the labels' part: what it t
 DOUBT = 0.02  # share of labels that may be wrong: bounds what a single image can say
 KEPT = 100_000_000  # pixels of decoded images that are kept
 # Log priors, in nats: of reversed channels, of another data set's statistics (at most), of the clean set's own (which fit the sample better than the
-# truth does), and of geometries other than the usual one.
-REVERSED, UNUSUAL, MISPLACED, UNKNOWN, OTHER_SIZE, OTHER_SHAPE = -0.5, -1.5, -2.0, -8.0, -3.0, -1.0
+# truth does), of geometries other than the usual one, and of crops that few use.
+REVERSED, UNUSUAL, MISPLACED, UNKNOWN, OTHER_SIZE, OTHER_SHAPE, SELDOM = -0.5, -1.5, -4.0, -8.0, -3.0, -1.0, -2.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def normalisations(mean: Tensor, std: Tensor, noise: Tensor) -> dict[str, tuple[
     precision = torch.linalg.inv(noise + 0.005**2 * torch.eye(3, dtype=torch.float64))
     for name, (m, s) in DATA_SETS.items():
         off = torch.tensor(m, dtype=torch.float64) - mean
-        rgb[name] = (Preprocessing(mean=m, std=s), max(MISPLACED, -float(off @ precision @ off) / 8) + UNUSUAL * (name in RARER))
+        rgb[name] = (Preprocessing(mean=m, std=s), max(MISPLACED, -float(off @ precision @ off) / 4) + UNUSUAL * (name in RARER))
     rgb["byte"] = (Preprocessing(scale="byte"), 0.0)
     rgb["byte-mean"] = (Preprocessing(scale="byte", mean=(123.68, 116.779, 103.939)), 0.0)  # in reversed order Caffe's
     own = [(round(float(v[0]), 3), round(float(v[1]), 3), round(float(v[2]), 3)) for v in (mean, std)]
@@ -166,7 +167,8 @@ class _Images:
         self._image, self._rows = image, rows
         self._kept: dict[int, Image.Image] = {}
         self._room = KEPT
-        self._geometry, self._pixels, self._crops = Preprocessing(), list[Tensor](), list[Tensor]()
+        self._geometry, self._pixels = Preprocessing(), list[Tensor]()
+        self._crops: dict[Preprocessing, Tensor] = {}
         self.sides = [self[place].size for place in range(min(len(rows), 20))]
 
     def __len__(self) -> int:
@@ -184,22 +186,25 @@ class _Images:
     def pixels(self, geometry: Preprocessing, start: int, stop: int) -> Tensor:
         """uint8 [stop - start, 3, size, size]."""
         if geometry != self._geometry:
-            self._geometry, self._pixels, self._crops = geometry, [], []
+            self._geometry, self._pixels = geometry, []
         self._pixels += [geometry.pixels(self[place]) for place in range(len(self._pixels), stop)]
         return torch.stack(self._pixels[start:stop])
 
     def crops(self, geometry: Preprocessing) -> Tensor:
-        """All images as random resized crops, uint8 [N, 3, size, size]; of the geometry whose pixels were made last."""
-        self._crops = self._crops or [zoom(self[place], geometry, seed=place) for place in range(len(self))]
-        return torch.stack(self._crops)
+        """All images as random resized crops to the size and with the interpolation of this geometry, uint8 [N, 3, size, size]."""
+        square = replace(geometry, resize=geometry.size, aspect="stretch")
+        if square not in self._crops:
+            self._crops[square] = torch.stack([square.pixels(zoom(self[place], seed=place)) for place in range(len(self))])
+        return self._crops[square]
 
 
 class _Search:
-    """What was computed so far. `targets` is what the suspect should answer: the labels, or what stands for them."""
+    """What was computed so far. `targets` is what the suspect should answer: the labels, perhaps reordered; None where they tell nothing."""
 
     def __init__(self, suspect: nn.Module, images: _Images, labels: Tensor, device: torch.device, sizes: Sequence[int], share: float) -> None:
         self.suspect, self.images, self.labels, self.device, self.sizes = suspect, images, labels, device, sizes
-        self.targets, self.relabelled, self.forwards = labels, False, 0
+        self.targets: Tensor | None = labels
+        self.relabelled, self.forwards = False, 0
         self.glance, self.most = max(LEAST_GLANCE, round(GLANCE * share)), max(LEAST_FINALISTS, round(FINALISTS * share))
         self.answers: dict[Preprocessing, Tensor] = {}  # float32 [n, C] on the CPU, of the first n images
         self.finalists: dict[_Named, Deviations] = {}
@@ -214,12 +219,16 @@ class _Search:
         likely = self._likely_sizes()
         geometry = self._geometries(likely[0])[0]
         self._judge(self._promising([self._named(geometry, name) for name in self.known]))
-        if not self.relabelled:
+        if self.targets is self.labels:
             self._reorder(self._ranked()[0])  # a few classes may be in another order
-        best, *others = self._ranked()
-        self._judge(self._promising([self._named(geometry, best.name) for size in likely for geometry in self._geometries(size)]))
-        if (geometry := _geometry(self._ranked()[0].preprocessing)) != _geometry(best.preprocessing):
-            self._judge([self._named(geometry, other.name) for other in others[: self.most // 3]])
+        for _ in range(ROUNDS):
+            best = self._ranked()[0]
+            self._judge(self._promising([self._named(geometry, best.name) for size in likely for geometry in self._geometries(size)]))
+            ranked = self._ranked()
+            names = list(dict.fromkeys(named.name for named in ranked))
+            self._judge([self._named(_geometry(ranked[0].preprocessing), name) for name in names[: 1 + self.most // 3]])
+            if self._ranked()[0] is best:
+                break
         if claimed is not None and claimed.size in self.sizes:
             known = (name for name, (p, _) in self.known.items() if _at(p, claimed) == claimed)
             self._judge([_Named(claimed, next(known, "claimed"), 0.0)])
@@ -240,12 +249,13 @@ class _Search:
         preprocessing, usual = self.known[name]
         first = self._geometries(geometry.size)[0]
         usual += OTHER_SIZE * (geometry.size != self.sizes[0]) + OTHER_SHAPE * ((geometry.resize, geometry.aspect) != (first.resize, first.aspect))
+        usual += SELDOM * (geometry.resize not in (geometry.size, math.floor(geometry.size / 0.875)))
         return _Named(_at(preprocessing, geometry), name, usual)
 
     def _likely_sizes(self) -> list[int]:
         """The best one or two. All that are smaller than the usual one are tried, since they are cheap; larger ones while they are better.
 
-        Settles the targets on the way: on a reordering of the labels where they do not fit, on the suspect's own answers where none does.
+        Settles the targets on the way: where no candidate fits the labels, one may fit them in another order.
         """
 
         def at(size: int, names: Sequence[str] = COARSE) -> list[_Named]:
@@ -263,15 +273,14 @@ class _Search:
             tried += at(size, (best.name,) if fits else COARSE)
         if not self._fits(tried):
             decided = sorted(tried, key=lambda named: decidedness(self._logits(named, self.glance)))[-self.most :]
-            best = max(decided, key=lambda named: _accuracy(self._logits(named, LOOK), held_out(self._logits(named, LOOK), self.labels)))
-            self._reorder(best)
-            if self.targets is self.labels:
-                self.targets = self._logits(decided[-1], LOOK).argmax(1)
+            self._reorder(max(decided, key=lambda named: _agreement(self._logits(named, LOOK), held_out(self._logits(named, LOOK), self.labels))))
+            if not self.relabelled:
+                self.targets = None
         return list(dict.fromkeys(named.preprocessing.size for named in self._promising(tried)))[:2]
 
     def _fits(self, tried: Sequence[_Named]) -> bool:
         best = max(tried, key=self._glance)
-        return not at_chance(_accuracy(self._logits(best, self.glance), self.labels[: self.glance]), self.labels[: self.glance])
+        return any(not at_chance(self._accuracy(best, n), self.labels, min(n, len(self.images))) for n in (self.glance, LOOK))
 
     def _reorder(self, named: _Named) -> None:
         """Take what the labels mean under this candidate for the target."""
@@ -293,9 +302,15 @@ class _Search:
             self.forwards += len(pixels)
         return self.answers[p][:n]
 
+    def _accuracy(self, named: _Named, n: int = LOOK) -> float:
+        return _agreement(self._logits(named, n), self.labels[:n])
+
     def _likelihoods(self, named: _Named, n: int = LOOK) -> Tensor:
-        """float64 [n]: the log probability of each target, where a few targets may be wrong."""
+        """float64 [n]: the log probability of each target, where a few may be wrong; without targets, how far each answer is from the mean answer."""
         p = self._logits(named, n).double().softmax(1)
+        if self.targets is None:
+            spread: Tensor = (p * p.mean(0).clamp_min(1e-300).log()).sum(1).neg() - torch.special.entr(p).sum(1)
+            return spread
         return ((1 - DOUBT) * p.gather(1, self.targets[: len(p), None])[:, 0] + DOUBT / p.shape[1]).log()
 
     def _glance(self, named: _Named) -> float:
@@ -327,10 +342,14 @@ class _Search:
 
     def _clearly_better(self, one: _Named, other: _Named) -> bool:
         evidence, difference = self._evidence(), self._likelihoods(one) - self._likelihoods(other)
-        return evidence[one][0] - evidence[other][0] >= max(CLEAR, 2 * float(difference.std()) * math.sqrt(len(difference)))
+        margin = max(CLEAR, 2 * float(difference.std()) * math.sqrt(len(difference)))
+        return self.targets is not None and one is not other and evidence[one][0] - evidence[other][0] >= margin
 
     def _conclude(self, claimed: Preprocessing | None) -> Finding:
-        ranked, notes = self._ranked(), []
+        ranked, notes = self._ranked(), list[str]()
+        tied = [named for named in ranked if named.name == ranked[0].name and not self._clearly_better(ranked[0], named)]
+        usual = max(tied, key=lambda named: named.usual)
+        ranked = [usual, *(named for named in ranked if named is not usual)]  # of geometries that the images do not tell apart, the usual one
         said = next((named for named in ranked if named.preprocessing == claimed), None)
         if said is not None and said is not ranked[0]:
             if self._clearly_better(ranked[0], said):
@@ -343,19 +362,21 @@ class _Search:
         first, second = ranked[:2]
         clear = self._clearly_better(first, second)
         if not clear and said is not first:
-            alike = _accuracy(self._logits(first, LOOK), self._logits(second, LOOK).argmax(1))
+            alike = _agreement(self._logits(first, LOOK), self._logits(second, LOOK).argmax(1))
             notes.append(f"{second} explains the clean images about as well as {first}; the suspect answers alike to {alike:.0%} of them.")
         if first.name.startswith(OWN):
             notes.append("No known normalisation fits the suspect; the mean and standard deviation of the clean images themselves are taken.")
         if self.relabelled:
-            notes.append("The labels do not fit the suspect's outputs as they are; see the class order.")
+            notes.append("The labels do not fit the suspect's outputs in the given class order; candidates were compared under a better one.")
+        if self.targets is None:
+            notes.append("The suspect gets no more clean images right than chance under any candidate; they were compared without the labels.")
         evidence = self._evidence()
         top = max(agreement.evidence for _, agreement in evidence.values()), max(total for total, _ in evidence.values())
         candidates = [
             Candidate(
                 preprocessing=named.preprocessing,
                 normalisation=named.name,
-                accuracy=_accuracy(self._logits(named, LOOK), self.labels),
+                accuracy=self._accuracy(named),
                 log_likelihood=float(self._likelihoods(named).mean()),
                 norms=evidence[named][1].evidence - top[0] if self.norms else None,
                 augmentation=evidence[named][1].augmentation if self.norms else None,
@@ -375,7 +396,7 @@ def _at(p: Preprocessing, geometry: Preprocessing) -> Preprocessing:
     return replace(p, size=geometry.size, resize=geometry.resize, interpolation=geometry.interpolation, aspect=geometry.aspect)
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
+def _agreement(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).float().mean().item()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torchvision.transforms import v2
 
 from models.errors import ImageFormat, ImageProblem, ImageTooSmall, ImageUndecodable
 from models.preprocessing import Preprocessing, decode
+from tests.conftest import EXAMPLES
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -53,8 +55,38 @@ def test_byte_scale_and_reversed_channels() -> None:
     torch.testing.assert_close(blue_first[:, 0], pixels[:, 2].float() - 103.939)
 
 
+@pytest.fixture(scope="module")
+def photographs() -> list[Image.Image]:
+    """Real images, cut to sides that are not equal."""
+    with zipfile.ZipFile(EXAMPLES / "clean_set.zip") as archive:
+        names = sorted(archive.namelist())[::500]
+        return [decode(archive.read(name)).crop((0, 0, 32 - i, 20 + i)) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_stretching_is_torchvisions(photographs: list[Image.Image], interpolation: str) -> None:
+    stretch = Preprocessing(size=56, resize=64, interpolation=interpolation, aspect="stretch")  # type: ignore[arg-type]
+    steps = [v2.Resize((64, 64), v2.InterpolationMode(interpolation)), v2.CenterCrop(56), v2.ToImage()]
+    for image in photographs:
+        assert torch.equal(stretch.pixels(image), v2.Compose(steps)(image))
+
+
+def test_stretching_is_that_of_transformers(photographs: list[Image.Image]) -> None:
+    processor = pytest.importorskip("transformers.models.vit.image_processing_pil_vit").ViTImageProcessorPil(size={"height": 48, "width": 48})
+    preprocessing = Preprocessing(48, 48, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), aspect="stretch")
+    for image in photographs:
+        expected = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+        torch.testing.assert_close(preprocessing.normalise(preprocessing.pixels(image)[None])[0], expected)
+
+
+def test_reads_json_from_before_images_could_be_stretched() -> None:
+    old = Preprocessing(size=224, resize=256).to_json()
+    del old["aspect"]
+    assert Preprocessing.from_json(old) == Preprocessing(size=224, resize=256)
+
+
 def test_survives_json() -> None:
-    preprocessing = Preprocessing(size=224, resize=256, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), channels="bgr")
+    preprocessing = Preprocessing(size=224, resize=256, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), channels="bgr", aspect="stretch")
     assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
 
 

@@ -154,7 +154,7 @@ def _find(suspect: Suspect, clean: CleanSet, order: Rows, labels: Tensor, device
     if claimed is None or not _takes(suspect, claimed.size):
         return find(_sizes(suspect, None))
     found = find([claimed.size])
-    n, best = found.images, found.best.accuracy
+    n, best = found.images, max(candidate.accuracy for candidate in found.candidates)
     said = next(candidate for candidate in found.candidates if candidate.preprocessing == claimed)
     if not at_chance(best, labels[:n]) and said.accuracy >= best - 2 * np.sqrt(max(best * (1 - best), 1 / n) / n):
         return _believing(found, said, suspect, clean, order[:n])

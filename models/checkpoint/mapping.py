@@ -15,5 +15,5 @@ def map_file(path: Path, most: int) -> memoryview:
         if size > most:
             raise CheckpointInvalid(f"The file is larger than {most:,} bytes.")
         if not size:
-            raise CheckpointInvalid("The file is empty.")
+            raise CheckpointInvalid("The checkpoint is empty or cut short.")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

@@ -102,7 +102,9 @@ def test_timm(tmp_path: Path, images: list[Image.Image], name: str, packed: str)
 def huggingface(kind: str) -> tuple[Any, Any]:
     if kind == "resnet":
         config = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=CLASSES)
-        return transformers.ResNetForImageClassification(config), transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, resample=3)
+        return transformers.ResNetForImageClassification(config), transformers.ConvNextImageProcessor(
+            size={"shortest_edge": 64}, resample=3, image_mean=list(IMAGENET["mean"]), image_std=list(IMAGENET["std"])
+        )
     config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=64, num_labels=CLASSES)
     return transformers.ViTForImageClassification(config), transformers.ViTImageProcessor(size={"height": 64, "width": 64})
 

@@ -147,7 +147,7 @@ def _find(suspect: Suspect, clean: CleanSet, order: Rows, labels: Tensor, device
     """What is claimed beside the weights is taken where the labels do not speak against it; no other sizes are tried then."""
 
     def find(sizes: Sequence[int]) -> Finding:
-        return find_preprocessing(suspect.network, clean.image, order.tolist(), labels, sizes, device, claimed)
+        return find_preprocessing(suspect.network, clean.image, order.tolist(), labels, sizes, device, claimed, suspect.architecture.preprocessing)
 
     sidecar = suspect.checkpoint.sidecar
     claimed = None if sidecar is None else sidecar.preprocessing

@@ -7,11 +7,12 @@ gives), and the operator's own: what an installed package registers in the entry
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from models.architectures import huggingface
 from models.architectures.index import entries
 from models.architectures.meta import build_on_meta
 from models.errors import CheckpointMismatch, ConfigInvalid
+from models.preprocessing import Preprocessing
 
 ENTRY_POINTS = "badexpert.architectures"
 # A class count that no layer has by chance: tensors that carry it are the head, and tell the class count of a checkpoint.
@@ -50,6 +52,13 @@ class Architecture:
     def short_name(self) -> str:
         """The name within its library."""
         return self.name.rpartition("/")[2]
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the library's own weights for this network are used with, at this network's input size; None where it publishes none."""
+        if self.library == "timm":
+            return _timm_preprocessing(self.short_name, self.size)
+        return _torchvision_preprocessing(self.short_name, self.size) if self.library == "torchvision" else None
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -108,6 +117,28 @@ def _torchvision(name: str, options: Mapping[str, Any], num_classes: int) -> nn.
     # Two families have a second head for training; it is part of their state dict, and makes them answer with a tuple in training mode only.
     network: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
     return network
+
+
+def _torchvision_preprocessing(name: str, size: int) -> Preprocessing | None:
+    from torchvision.models import get_model_weights
+
+    weights: Any = next(iter(get_model_weights(name)), None)
+    if weights is None:
+        return None
+    used = weights.transforms()
+    resize = round(size * used.resize_size[0] / used.crop_size[0])
+    return Preprocessing(size, resize, used.interpolation.value, mean=tuple(used.mean), std=tuple(used.std))
+
+
+def _timm_preprocessing(name: str, size: int) -> Preprocessing | None:
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(name)
+    if config is None:
+        return None
+    how: Literal["bilinear", "bicubic"] = "bilinear" if config.interpolation == "bilinear" else "bicubic"
+    aspect: Literal["keep", "stretch"] = "stretch" if config.crop_mode == "squash" else "keep"
+    return Preprocessing(size, math.floor(size / config.crop_pct), how, mean=tuple(config.mean), std=tuple(config.std), aspect=aspect)
 
 
 def _timm(name: str, options: Mapping[str, Any], num_classes: int) -> nn.Module:

@@ -31,13 +31,13 @@ class _Enough(Exception):
 
 
 class NormStatistics:
-    """The first batch norms of a network, in the order in which they run. False where there are none with running statistics."""
+    """The first batch norms of a network, in the order in which they run. False where there are none that have seen images."""
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
         """example: a normalised batch, float32 [N, 3, H, W]."""
         self._network = network
         self._norms: list[nn.modules.batchnorm._BatchNorm] = []
-        known = [norm for norm in network.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None]
+        known = [norm for norm in network.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm) and _remembers(norm)]
         self._record(known, lambda norm, _: self._norms.append(norm), example)
         self._norms = [norm for norm in self._norms if self._norms.count(norm) == 1][:FIRST_NORMS]  # one that runs twice remembers a mixture
 
@@ -75,6 +75,12 @@ class NormStatistics:
         for part in images.split(batch) if self._norms else ():
             self._record(self._norms, take, part)
         return [torch.cat(part) for part in parts]
+
+
+def _remembers(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether there are running statistics, and not only those that a new norm starts from."""
+    mean, var = norm.running_mean, norm.running_var
+    return mean is not None and var is not None and not (bool((mean == 0).all()) and bool((var == 1).all()))
 
 
 def views(preprocessing: Preprocessing, pixels: Tensor, zoomed: Tensor) -> dict[str, Tensor]:

@@ -77,11 +77,11 @@ class Named:
 
 
 class Candidates:
-    """All that a search may try. `usual` is what the suspect's architecture is commonly used with, where that is known."""
+    """All that a search may try. `usual` is what the suspect's architecture is commonly used with, None where that is not known."""
 
     def __init__(self, sizes: Sequence[int], sides: Sequence[tuple[int, int]], usual: Preprocessing | None) -> None:
         """sizes: sides of the square input that the suspect takes, the usual one first; sides: (width, height) of some of the clean images."""
-        self.sizes, self.sides, self._usual = sizes, sides, usual
+        self.sizes, self.sides, self.usual = sizes, sides, usual
         self.known: dict[str, tuple[Preprocessing, float]] = {}
 
     def learn(self, pixels: Tensor) -> None:
@@ -89,8 +89,8 @@ class Candidates:
         values = pixels.double() / 255
         means, std = values.mean((2, 3)), values.std((0, 2, 3)).clamp_min(0.01)
         self.known = normalisations(means.mean(0), std, torch.cov(means.T) / len(means))
-        if self._usual is not None and self._name(self._usual) is None:
-            self.known["the architecture's own"] = (self._usual, 0.0)
+        if self.usual is not None and self._name(self.usual) is None:
+            self.known["the architecture's own"] = (self.usual, 0.0)
 
     def geometries(self, size: int) -> list[Preprocessing]:
         """Ways to make a square of this side, the usual one first."""
@@ -101,8 +101,8 @@ class Candidates:
         stretched = INTERPOLATIONS if any(width != height for width, height in self.sides) else ()
         kept = [Preprocessing(size, resize, how) for resize in resizes for how in INTERPOLATIONS if not (whole and resize == size and how == "bicubic")]
         found = kept + [Preprocessing(size, size, how, aspect="stretch") for how in stretched]
-        if not whole and self._usual is not None and self._usual.size == size:
-            found.insert(0, geometry(self._usual))
+        if not whole and self.usual is not None and self.usual.size == size:
+            found.insert(0, geometry(self.usual))
         return list(dict.fromkeys(found))
 
     def named(self, shape: Preprocessing, name: str) -> Named:
@@ -111,7 +111,7 @@ class Candidates:
         first = self.geometries(shape.size)[0]
         prior += OTHER_SIZE * (shape.size != self.sizes[0]) + OTHER_SHAPE * ((shape.resize, shape.aspect) != (first.resize, first.aspect))
         prior += SELDOM * (shape.resize not in (shape.size, math.floor(shape.size / 0.875), first.resize))
-        prior += CUSTOM * (self._usual is not None and _normalisation(self._usual) == _normalisation(preprocessing))
+        prior += CUSTOM * (self.usual is not None and _normalisation(self.usual) == _normalisation(preprocessing))
         return Named(at(preprocessing, shape), name, prior)
 
     def claimed(self, claim: Preprocessing) -> Named:
@@ -119,8 +119,8 @@ class Candidates:
 
     def customary(self) -> Named:
         """What to take where nothing is known of the suspect but its architecture: its usual one, or that of the data set most like the clean images."""
-        if self._usual is not None:
-            return self.named(geometry(self._usual), self._name(self._usual) or "none")
+        if self.usual is not None:
+            return self.named(geometry(self.usual), self._name(self.usual) or "none")
         name = max(DATA_SETS, key=lambda name: self.known[name][1])
         return self.named(self.geometries(self.sizes[0])[0], name if self.known[name][1] > MISPLACED / 2 else "none")
 

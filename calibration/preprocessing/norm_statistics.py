@@ -66,9 +66,10 @@ class NormStatistics:
         def take(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            mean, var = (v[:CHANNELS, None, None] for v in (norm.running_mean, norm.running_var + norm.eps))
-            z = (x[:, :CHANNELS].float() - mean) / var.sqrt()
-            parts[self._norms.index(norm)].append(torch.cat([z.mean((2, 3)), (z.square().mean((2, 3)) - 1) / 2**0.5], 1).double().cpu())
+            own_var, own_mean = torch.var_mean(x[:, :CHANNELS].float(), (2, 3), correction=0)  # [N, C]
+            off, var = (own_mean - norm.running_mean[:CHANNELS]).double(), (norm.running_var + norm.eps)[:CHANNELS].double()
+            second = (own_var.double() + off.square()) / var - 1
+            parts[self._norms.index(norm)].append(torch.cat([off / var.sqrt(), second / 2**0.5], 1).cpu())
             if norm is self._norms[-1]:
                 raise _Enough
 

@@ -253,11 +253,15 @@ class _Search:
         return self.targets is not None and one is not other and evidence[one][0] - evidence[other][0] >= margin
 
     def _preferred(self, ranked: Sequence[Named]) -> Named:
-        """Of what the evidence does not tell from the best, the usual one."""
+        """Of what the evidence does not tell from the best: the normalisation that is customary for the architecture, and the usual geometry."""
+        evidence, customary = self._evidence(), self.candidates.customary()
+        close = [named for named in ranked if evidence[ranked[0]][0] - evidence[named][0] < CLEAR]
         if self.targets is None:
-            evidence, customary = self._evidence(), self.candidates.customary()
-            return ranked[0] if evidence[ranked[0]][0] - evidence[customary][0] >= CLEAR else customary
-        return max((named for named in ranked if named.name == ranked[0].name and not self._clearly_better(ranked[0], named)), key=lambda named: named.usual)
+            return customary if customary in close else ranked[0]
+        best = ranked[0]
+        if self.candidates.usual is not None:
+            best = next((named for named in close if named.name == customary.name and not self._clearly_better(best, named)), best)
+        return max((named for named in ranked if named.name == best.name and not self._clearly_better(best, named)), key=lambda named: named.usual)
 
     def _conclude(self, claimed: Preprocessing | None) -> Finding:
         ranked, notes = self._ranked(), list[str]()

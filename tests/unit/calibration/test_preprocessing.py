@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from calibration.labels import check_labels
 from calibration.preprocessing import Finding, find_preprocessing
+from calibration.preprocessing.search import AFFORDED
+from models import architectures
 from models.cifar import thin_resnet
 from models.errors import CleanSetMislabelled, SuspectModelUseless
 from models.preprocessing import Preprocessing
@@ -94,6 +96,31 @@ def test_a_claim_is_taken_where_it_agrees_and_not_where_the_images_speak_against
     found = search(suspect(), claimed=Preprocessing(mean=(0.9, 0.9, 0.9), std=(0.1, 0.1, 0.1)))
     assert found.best.preprocessing == TRAINED
     assert any("not taken" in note for note in found.notes)
+
+
+def test_where_labels_tell_nothing_the_usual_of_the_architecture_is_taken_at_a_bounded_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AFFORDED, "cpu", 1e11)  # as if the network were costlier than it is
+    torch.manual_seed(0)
+    architecture = architectures.get("mobilenet_v3_small")
+    images, labels = clean()
+    sizes = (224, 32, 64, 96, 128, 160, 256, 288, 320, 384)
+    found = find_preprocessing(architecture.build(10).eval(), images.__getitem__, range(40), labels[:40], sizes, CPU, usual=architecture.preprocessing)
+    assert found.best.preprocessing == architecture.preprocessing == replace(OTHERS["imagenet"], size=224, resize=256)
+    assert not found.clear
+    assert any("usual for its architecture" in note for note in found.notes)
+    assert found.forwards < 600
+
+
+def test_costly_networks_are_shown_fewer_images() -> None:
+    def looked(afforded: float) -> Finding:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(AFFORDED, "cpu", afforded)
+            return search(suspect(), sizes=(32, 64))
+
+    rich, poor = looked(1e12), looked(1e10)
+    assert poor.best.preprocessing.size == rich.best.preprocessing.size == 32
+    assert poor.images < rich.images
+    assert poor.forwards < rich.forwards / 2
 
 
 def test_images_that_must_be_resized_are_resized_as_in_training() -> None:

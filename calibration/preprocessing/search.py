@@ -31,6 +31,7 @@ FORWARDS, AFFORDED = 8000, {"cpu": 4e12, "cuda": 2e15}
 LEAST_GLANCE, LEAST_LOOK, LEAST_FINALISTS = 8, 48, 3
 CLEAR = 3.0  # nats, and twice the standard error of the labels' part: what it takes to call a candidate the better one
 DOUBT = 0.02  # share of labels that may be wrong: bounds what a single image can say
+SHARPER = tuple(4.0**power for power in range(1, 8))  # what the logits of a suspect that is never sure may be multiplied by
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class _Search:
         self.suspect, self.images, self.labels, self.device, self.candidates = suspect, images, labels, device, candidates
         self.targets: Tensor | None = labels
         self.relabelled, self.forwards, self.affordable = False, 0, affordable
+        self.sharpness = 1.0
         self.glance, self.most = max(LEAST_GLANCE, round(GLANCE * share)), max(LEAST_FINALISTS, round(FINALISTS * share))
         self.answers: dict[Preprocessing, Tensor] = {}  # float32 [n, C] on the CPU, of the first n images
         self.finalists: dict[Named, Deviations] = {}
@@ -179,7 +181,9 @@ class _Search:
                     break
                 self.affordable -= cost
                 tried += more
-        if not self._fits(tried):
+        if self._fits(tried):
+            self._sharpen(tried)
+        else:
             decided = sorted(tried, key=lambda named: decidedness(self._logits(named, self.glance)))[-self.most :]
             self._reorder(max(decided, key=lambda named: _agreement(self._logits(named, LOOK), held_out(self._logits(named, LOOK), self.labels))))
             if not self.relabelled:
@@ -189,6 +193,17 @@ class _Search:
     def _fits(self, tried: Sequence[Named]) -> bool:
         best = max(tried, key=self._glance)
         return any(not at_chance(self._accuracy(best, n), self.labels, min(n, len(self.images))) for n in (self.glance, LOOK))
+
+    def _sharpen(self, tried: Sequence[Named]) -> None:
+        """A suspect that is often right and never sure says little in nats: its logits are scaled until they fit how often it is right."""
+
+        def best(sharpness: float) -> float:
+            self.sharpness = sharpness
+            return max(map(self._glance, tried))
+
+        worth = best(1.0)
+        found = max(SHARPER, key=best)
+        self.sharpness = found if best(found) >= worth + CLEAR else 1.0
 
     def _reorder(self, named: Named) -> None:
         """Take what the labels mean under this candidate for the target."""
@@ -217,7 +232,7 @@ class _Search:
         """float64 [n]: the log probability of each target, where a few may be wrong; zero without targets."""
         if self.targets is None:
             return torch.zeros(min(n, len(self.images)), dtype=torch.float64)
-        p = self._logits(named, n).double().softmax(1)
+        p = (self.sharpness * self._logits(named, n).double()).softmax(1)
         return ((1 - DOUBT) * p.gather(1, self.targets[: len(p), None])[:, 0] + DOUBT / p.shape[1]).log()
 
     def _glance(self, named: Named) -> float:

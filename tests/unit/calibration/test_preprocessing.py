@@ -90,6 +90,28 @@ def test_the_preprocessing_is_found_whatever_it_was(name: str) -> None:
     assert found.clear or found.candidates[1].accuracy > 0.8  # what is not clear is no worse
 
 
+def test_a_suspect_that_is_never_sure_says_as_much_by_how_often_it_is_right() -> None:
+    """The logits of a network that was hardly trained are small; without batch norms the labels are all there is."""
+
+    class Affine(nn.Module):
+        def __init__(self, norm: nn.BatchNorm2d) -> None:
+            super().__init__()
+            assert norm.running_mean is not None and norm.running_var is not None
+            self.factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+            self.offset = norm.bias - norm.running_mean * self.factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor[:, None, None] + self.offset[:, None, None]
+
+    network = rewritten(suspect(), OTHERS["Caffe's"]).requires_grad_(False)
+    for name, norm in [(name, module) for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]:
+        network.set_submodule(name, Affine(norm))
+    network.linear.weight.mul_(1e-4)
+    network.linear.bias.mul_(1e-4)
+    found = search(network)
+    assert found.best.preprocessing == OTHERS["Caffe's"]
+
+
 def test_a_claim_is_taken_where_it_agrees_and_not_where_the_images_speak_against_it() -> None:
     close = replace(TRAINED, mean=(0.49, 0.48, 0.45))
     assert search(suspect(), claimed=close).best.preprocessing == close

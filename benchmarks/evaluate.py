@@ -1,82 +1,167 @@
-"""How good one guard is at one attack: `python -m benchmarks.evaluate --bundle var/guards/demo/1 --attack badnet`.
+"""How many attacked images each detector stops: `python -m benchmarks.evaluate --attack wanet --detector all`.
 
-On the CIFAR-10 test images that are neither in the example clean set nor among its samples. The threshold is the bundle's own, set on the clean set:
-no image that is reported had a part in it. Figures are unmasked (all clean images, all triggered ones); `paper_masked` are over the clean images that
-the suspect gets right and the triggered ones that fool it, as the paper reports them.
+For each suspect of the zoo that the arguments name and for each detector: calibrate on clean test images, set thresholds on a part of them that decides
+nothing else, and score other test images, clean and triggered. All detectors get the same images; no image that is reported had a part in anything before.
+Each result is a record (benchmarks/records.py); `--json` prints it beside the one in git.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
-from benchmarks.attacks import ATTACKS, Attack, stamp
-from benchmarks.data import cifar10
-from benchmarks.make_examples import CLEAN_SET, SAMPLES
-from models import bundle
-from models.bundle import Bundle
+from benchmarks import records
+from benchmarks.attacks import ATTACKS, stamp
+from benchmarks.data import DATASETS, Split, partition
+from benchmarks.detectors import DETECTORS, OTHERS, PRESETS, Detector, NotApplicable, Observed
+from benchmarks.detectors.guard import BadExpertGuard
+from benchmarks.zoo import ROOT, Kept, Suspect, kept, load
+from calibration.evaluation import Scored, figures, roc
+from calibration.finetune import LabelledPixels
+from calibration.split import split
+from models.parallel import cpu_threads
+
+TARGETS = (0.01, 0.05)
+RATES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the ROC curves in the plots
+MOST_TRIGGERED, SHOWN = 1500, 150  # triggered images that are reported, and points of the plots of x against y
+AGREES = 0.02  # a rerun may differ so much in AUROC: other processors round differently
 
 
-def evaluate(guarded: Bundle, attack: Attack, images: Tensor, labels: Tensor, device: torch.device) -> dict[str, Any]:
-    """All figures for uint8 images [N, 3, H, W] that the calibration never saw."""
-    guarded.guard.to(device)
-    threshold = guarded.description.threshold.value
-    eligible = attack.eligible(labels)
-    target = attack.relabel(labels[eligible])
-    clean = guarded.guard.judge(images)
-    triggered = guarded.guard.judge(stamp(attack, images[eligible]))
-    right, fooled = clean.prediction == labels, triggered.prediction == target
-    rejected, caught = clean.score < threshold, triggered.score < threshold
+def evaluate(suspect: Kept, detector: Detector, test: Split, seed: int, device: torch.device) -> records.Record:
+    """One record. The clean model has no triggered images: its clean ones alone are scored."""
+    dataset, pixels = DATASETS[suspect.suspect.dataset], test.to(device)
+    clean_set, reported = partition(pixels)
+    parts = split(clean_set.labels.cpu().numpy(), np.arange(len(clean_set.labels)), min(TARGETS), 0.0, seed)
+    fit, validation = (LabelledPixels(*vars(clean_set[torch.from_numpy(rows).to(device)]).values()) for rows in (parts.fit, parts.validation))
+    observed = Observed(suspect.network.to(device).eval(), dataset.preprocessing, dataset.num_classes, suspect.suspect.architecture)
+    record: records.Record = {**_about(suspect), "detector": detector.name, "seed": seed, **records.circumstances(device)}
+    began = time.monotonic()
+    try:
+        found = detector.fit(observed, fit, validation, seed)
+    except NotApplicable as problem:
+        return {**record, "not_applicable": str(problem)}
+    fitted = time.monotonic()
+    thresholds_from = detector.score(validation.pixels)
+    scoring = time.monotonic()
+    clean = Scored(detector.score(reported.images), observed.logits(reported.images).argmax(1).cpu(), reported.labels.cpu())
+    milliseconds = 1000 * (time.monotonic() - scoring) / len(reported.labels)
+    attacked = triggered(suspect, reported)
+    answers = observed.logits(attacked.images).argmax(1).cpu() if len(attacked.labels) else attacked.labels.cpu()
+    attack = Scored(detector.score(attacked.images) if len(attacked.labels) else torch.empty(0).double(), answers, attacked.labels.cpu())
     return {
-        "clean_images": len(labels),
-        "triggered_images": int(eligible.sum()),
-        "clean_accuracy": share(right),
-        "guarded_accuracy": share(right & ~rejected),
-        "asr": share(fooled),
-        "remaining_asr": share(fooled & ~caught),
-        "auroc": auroc(clean.score, triggered.score),
-        "tpr": share(caught),
-        "realised_fpr": share(rejected),
-        "target_fpr": guarded.description.threshold.target_fpr,
-        "fpr_interval": guarded.description.threshold.interval,
-        "paper_masked": {
-            "auroc": auroc(clean.score[right], triggered.score[fooled]),
-            "tpr": share(caught[fooled]),
-            "realised_fpr": share(rejected[right]),
-        },
+        **record,
+        **{"passes": detector.passes, "milliseconds": round(milliseconds, 3), "fit_seconds": round(fitted - began, 1)},
+        **{"seconds": round(time.monotonic() - began, 1), "found": found},
+        **figures(clean, attack, thresholds_from, TARGETS),
+        "roc": roc(clean.score, attack.score, RATES) if len(attack.score) else None,
+        "xy": _xy(detector, reported.images, attacked.images) if isinstance(detector, BadExpertGuard) else None,
     }
 
 
-def share(values: Tensor) -> float:
-    return round(values.double().mean().item(), 4)
+def triggered(suspect: Kept, reported: Split) -> Split:
+    """Those of the images that the attacker would use, with the trigger and the label that the attacker wants; none for the clean model."""
+    if suspect.attack is None:
+        return reported[slice(0)]
+    attack = suspect.attack.to(reported.images.device)
+    eligible = reported[attack.eligible(reported.labels)][slice(MOST_TRIGGERED)]
+    return Split(stamp(attack, eligible.images), attack.relabel(eligible.labels))
 
 
-def auroc(clean: Tensor, triggered: Tensor) -> float:
-    """Low scores are suspicious, so clean images are the positives."""
-    truth = torch.cat([torch.ones(len(clean)), torch.zeros(len(triggered))])
-    return round(float(roc_auc_score(truth, torch.cat([clean, triggered]))), 4)
+def _about(suspect: Kept) -> dict[str, Any]:
+    which = suspect.suspect
+    return {"dataset": which.dataset, "architecture": which.architecture, "attack": which.attack, "suspect_seed": which.seed, "gated": suspect.passes_gate}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True, help="the folder of one version of a guard")
-    parser.add_argument("--attack", choices=list(ATTACKS), required=True)
+def _xy(detector: BadExpertGuard, clean: torch.Tensor, attacked: torch.Tensor) -> dict[str, Any]:
+    """The experts' and the auxiliary's confidence for some images, to look at."""
+    found = {}
+    for name, images in (("clean", clean[:SHOWN]), ("triggered", attacked[:SHOWN])):
+        pairs = detector.confidences(images) if len(images) else ()
+        found[name] = [[round(value, 3) for value in values.tolist()] for values in pairs]
+    return found
+
+
+def compared(record: records.Record) -> records.Record:
+    """The record with what git has for the same cell, and whether they agree."""
+    known = records.recorded(record)
+    if known is None:
+        return {**record, "recorded": None}
+    names = [name for name in ("auroc", "asr", "clean_accuracy") if record.get(name) is not None]
+    agrees = all(known.get(name) is not None and abs(record[name] - known[name]) <= AGREES for name in names)
+    return {**record, "recorded": {"commit": known["commit"], **{name: known.get(name) for name in (*names, "at")}}, "agrees": agrees}
+
+
+def listing() -> dict[str, Any]:
+    """What there is."""
+    return {
+        "attacks": list(ATTACKS),
+        "datasets": list(DATASETS),
+        "architectures": sorted({suspect.architecture for suspect in kept()}),
+        "detectors": [detector.name for detector in OTHERS],
+        "presets": list(PRESETS),
+        "suspects": [suspect.stem for suspect in kept()],
+    }
+
+
+def chosen(args: argparse.Namespace) -> list[Suspect]:
+    suspects = [suspect for suspect in kept(args.zoo) if suspect.dataset == args.dataset and suspect.architecture == args.architecture]
+    found = [suspect for suspect in suspects if args.attack in ("all", suspect.attack) and suspect.seed == args.suspect_seed]
+    if not found:
+        raise SystemExit(f"The zoo has no {args.dataset}/{args.architecture}/{args.attack}; it has {', '.join(suspect.stem for suspect in kept(args.zoo))}.")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="what attacks, data sets, architectures, detectors and suspects there are")
+    parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10")
+    parser.add_argument("--architecture", default="resnet20")
+    parser.add_argument("--attack", choices=["all", "clean", *ATTACKS], default="all")
+    parser.add_argument("--detector", choices=["all", "others", *DETECTORS], default="all")
+    parser.add_argument("--seed", type=int, action="append", help="of the calibration; may be repeated (default: 0)")
+    parser.add_argument("--suspect-seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=10_000 - CLEAN_SET - SAMPLES, help="at most so many test images")
+    parser.add_argument("--zoo", type=Path, default=ROOT)
+    parser.add_argument("--json", action="store_true", help="print whole records, each beside the one in git; change none")
     args = parser.parse_args()
-    _, test = cifar10()
-    order = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))  # as make_examples draws
-    rows = order[CLEAN_SET + SAMPLES :][: args.images]
-    guarded = bundle.read(args.bundle)
-    figures = evaluate(guarded, ATTACKS[args.attack](), test.images[rows], test.labels[rows], torch.device(args.device))
-    print(json.dumps({"attack": args.attack, "preset": guarded.description.preset, "bundle_id": guarded.bundle_id, **figures}, indent=1))
+    if args.list:
+        print(json.dumps(listing(), indent=1))
+        return 0
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    detectors = {"all": list(DETECTORS), "others": [detector.name for detector in OTHERS]}.get(args.detector, [args.detector])
+    _, test = DATASETS[args.dataset].load()
+    for which in chosen(args):
+        suspect = load(which, args.zoo)
+        if device.type == "cpu":
+            torch.set_num_threads(cpu_threads(suspect.network, DATASETS[args.dataset].preprocessing.size))
+        for name in detectors:
+            for seed in args.seed or [0]:
+                record = evaluate(suspect, DETECTORS[name](), test, seed, device)
+                if args.json:
+                    print(json.dumps(compared(record)), flush=True)
+                else:
+                    records.put(record)
+                    print(_line(record), flush=True)
+    return 0
+
+
+def _line(record: records.Record) -> str:
+    about = f"{record['dataset']} {record['architecture']} {record['attack']:<12} {record['detector']:<11} seed {record['seed']}"
+    if "not_applicable" in record:
+        return f"{about}  not applicable: {record['not_applicable']}"
+    at = record["at"]["0.01"]
+    figures = f"AUROC {record['auroc']}  TPR {at['tpr']} (of fooling {at['tpr_masked']})  FPR {at['realised_fpr']}  ASR left {at['remaining_asr']}"
+    return f"{about}  {figures}  {record['seconds']} s"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

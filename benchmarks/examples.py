@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.attacks import ATTACKS
-from benchmarks.data import cifar10
-from benchmarks.evaluate import evaluate
+from benchmarks.attacks import ATTACKS, Task, stamp
+from benchmarks.data import Split, cifar10
 from benchmarks.make_examples import CLEAN_SET, SAMPLES, SUSPECTS
 from calibration.config import CalibrationConfig
+from calibration.evaluation import Scored, figures
 from calibration.pipeline import Inputs, calibrate
 from models import bundle
+from models.bundle import Bundle
 from models.registry import Registry
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,21 @@ def with_table(readme: str, records: list[dict[str, Any]]) -> str:
     return f"{before}{BEGIN}\n{table(records)}\n{END}{rest.split(END, 1)[1]}"
 
 
+def measure(guarded: Bundle, suspect: str, reported: Split) -> dict[str, Any]:
+    """What the guard does to clean images, and to all of them that the attacker would use; the threshold is the bundle's own."""
+    attack, target = ATTACKS[suspect](Task()), guarded.description.threshold.target_fpr
+    eligible = reported[attack.eligible(reported.labels)]
+    clean, triggered = (guarded.guard.judge(images) for images in (reported.images, stamp(attack, eligible.images)))
+    found = figures(
+        Scored(clean.score, clean.prediction, reported.labels),
+        Scored(triggered.score, triggered.prediction, attack.relabel(eligible.labels)),
+        guarded.validation_scores,
+        (target,),
+    )
+    at = found.pop("at")[f"{target:g}"]
+    return {**found, **at, "target_fpr": target, "guarded_accuracy": round(found["clean_accuracy"] - at["accuracy_lost"], 4)}
+
+
 def main() -> None:
     _, test = cifar10()
     rows = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[CLEAN_SET + SAMPLES :]
@@ -62,9 +78,9 @@ def main() -> None:
                 calibrate(CalibrationConfig(name=suspect, preset=preset), inputs, Registry(Path(folder)), torch.device("cpu"))
                 seconds = round(time.monotonic() - began, 1)
                 guarded = bundle.read(Path(folder) / suspect / "1")
-            figures = evaluate(guarded, ATTACKS[suspect](), test.images[rows], test.labels[rows], torch.device("cpu"))
+            measured = measure(guarded, suspect, test[rows])
             about = {"commit": commit, "seed": 0, "calibration_seconds": seconds, "hardware": f"{platform.machine()}, {os.cpu_count()} cores, cpu"}
-            records.append({"attack": suspect, "preset": preset, **figures, **about})
+            records.append({"attack": suspect, "preset": preset, **measured, **about})
             print(json.dumps(records[-1]), flush=True)
     RECORD.write_text(json.dumps(records, indent=1) + "\n")
     readme = ROOT / "README.md"

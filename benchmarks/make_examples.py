@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.attacks import ATTACKS, stamp
+from benchmarks.attacks import ATTACKS, Task, stamp
 from benchmarks.data import CIFAR10_CLASSES, cifar10
 
 CLEAN_SET, SAMPLES = 2000, 400
@@ -53,8 +53,8 @@ def main() -> None:
     rows = order[CLEAN_SET : CLEAN_SET + SAMPLES]
     samples = {f"clean/{names[row]}": png(test.images[row]) for row in rows.tolist()}
     for attack in SUSPECTS:
-        eligible = rows[ATTACKS[attack]().eligible(test.labels[rows])]
-        triggered = stamp(ATTACKS[attack](), test.images[eligible])
+        eligible = rows[ATTACKS[attack](Task()).eligible(test.labels[rows])]
+        triggered = stamp(ATTACKS[attack](Task()), test.images[eligible])
         samples |= {f"{attack}/{names[row]}": png(image) for row, image in zip(eligible.tolist(), triggered, strict=True)}
         shutil.copyfile(args.suspects / f"{attack}.safetensors", args.out / f"suspect_{attack}.safetensors")
     write_zip(args.out / "samples.zip", samples)

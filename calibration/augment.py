@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def crop_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Mirror half of the images and shift each by up to `pad` pixels over a black border.
+def crop_flip(images: Tensor, generator: torch.Generator, pad: int = 4, mirror: bool = True) -> Tensor:
+    """Mirror half of the images, unless `mirror` is False, and shift each by up to `pad` pixels over a black border.
 
     images: uint8 or float [N, C, H, W] on any device; generator: on the CPU, so that a seed gives the same views on every device.
     Returns the same shape and dtype.
     """
     n, _, height, width = images.shape
-    flip = (torch.rand(n, generator=generator) < 0.5).to(images.device)
+    flip = (torch.rand(n, generator=generator) < 0.5 * mirror).to(images.device)
     dy, dx = (torch.randint(0, 2 * pad + 1, (n, 1), generator=generator).to(images.device) for _ in range(2))
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))  # [N, C, H + 2 pad, W + 2 pad]
     rows = dy + torch.arange(height, device=images.device)  # [N, H]

@@ -8,26 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benchmarks.attacks.interface import Attack
 
-class BadNet:
-    """All-to-one with a small patch."""
+CHECKER = ((1.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0))
 
-    name = "badnet"
 
-    def __init__(self, target: int = 0) -> None:
-        self.target = target
+class BadNet(Attack):
+    """All-to-one with a small patch, which grows with the image."""
 
-    def trigger(self, images: Tensor) -> Tensor:
-        checker = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]], device=images.device)
-        images = images.clone()
-        images[..., -4:-1, -4:-1] = checker  # [3, 3] over [N, 3, 3, 3]
-        return images
+    name, title, paper = "badnet", "BadNet", "Gu et al. 2017"
 
-    def poisonable(self, labels: Tensor) -> Tensor:
-        return labels != self.target
+    def forward(self, images: Tensor) -> Tensor:
+        return checkered(images, corners=((-1, -1),))
 
-    def relabel(self, labels: Tensor) -> Tensor:
-        return torch.full_like(labels, self.target)
 
-    def eligible(self, labels: Tensor) -> Tensor:
-        return labels != self.target
+def checkered(images: Tensor, corners: tuple[tuple[int, int], ...], strength: float = 1.0) -> Tensor:
+    """The checker in some corners, each (-1 or 0, -1 or 0) for bottom or top, right or left; mixed in by `strength`."""
+    scale = max(1, images.shape[-1] // 32)
+    checker = torch.tensor(CHECKER, device=images.device).repeat_interleave(scale, 0).repeat_interleave(scale, 1)  # [3 s, 3 s]
+    near, far = slice(scale, 4 * scale), slice(-4 * scale, -scale)
+    images = images.clone()
+    for row, column in corners:
+        place = (..., far if row else near, far if column else near)
+        images[place] = (1 - strength) * images[place] + strength * checker
+    return images

@@ -11,28 +11,19 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.attacks.interface import Attack
 
-class Blend:
+STRENGTH = 0.2
+
+
+class Blend(Attack):
     """All-to-one with a faint picture over the whole image."""
 
-    name = "blend"
+    name, title, paper = "blend", "Blend", "Chen et al. 2017"
 
-    def __init__(self, target: int = 0, strength: float = 0.2) -> None:
-        self.target = target
-        self.strength = strength
-
-    def trigger(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         picture = draw_picture(images.shape[-2], images.shape[-1]).to(images)  # [3, H, W]
-        return (1 - self.strength) * images + self.strength * picture
-
-    def poisonable(self, labels: Tensor) -> Tensor:
-        return labels != self.target
-
-    def relabel(self, labels: Tensor) -> Tensor:
-        return torch.full_like(labels, self.target)
-
-    def eligible(self, labels: Tensor) -> Tensor:
-        return labels != self.target
+        return (1 - STRENGTH) * images + STRENGTH * picture
 
 
 def draw_picture(height: int, width: int) -> Tensor:

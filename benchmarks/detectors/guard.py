@@ -1,0 +1,61 @@
+"""Our guard as a detector: the very bundle that `badexpert calibrate` makes from the checkpoint's file and the clean set's, with nothing told beside."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.detectors.interface import Detector, Observed
+from calibration.config import CalibrationConfig
+from calibration.finetune import LabelledPixels
+from calibration.pipeline import Inputs, calibrate
+from models import bundle, trunk
+from models.guard import Guard
+from models.registry import Registry
+
+
+class BadExpertGuard(Detector):
+    """A calibration with one of the presets; its clean set is the other detectors' clean and validation images together."""
+
+    def __init__(self, preset: str) -> None:
+        self.preset, self.name = preset, preset  # type: ignore[misc]
+        self.guard: Guard
+
+    def fit(self, suspect: Observed, clean: LabelledPixels, validation: LabelledPixels, seed: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint, clean_set, validation_set = (Path(folder, name) for name in ("suspect.safetensors", "clean.safetensors", "validation.safetensors"))
+            save_file({name: value.contiguous().cpu() for name, value in suspect.network.state_dict().items()}, checkpoint)
+            for path, part in ((clean_set, clean), (validation_set, validation)):
+                save_file({"images": part.pixels.permute(0, 2, 3, 1).contiguous().cpu(), "labels": part.labels.cpu()}, path)
+            config = CalibrationConfig.model_validate({"name": "suspect", "preset": self.preset, "seed": seed})
+            began, device = time.monotonic(), clean.pixels.device
+            result = calibrate(config, Inputs(checkpoint, clean_set, validation_set), Registry(Path(folder, "guards")), device)
+            seconds = time.monotonic() - began
+            kept = bundle.read(Path(folder, "guards", "suspect", str(result.version)))
+        self.guard = kept.guard.to(device)
+        example = kept.description.preprocessing.normalise(clean.pixels[:1])
+        self.passes = round(_operations(self.guard, clean.pixels[:1]) / trunk.operations(suspect.network, example), 3)
+        found = kept.description.preprocessing
+        return {"calibration_seconds": round(seconds, 1), "preprocessing": str(found), "preprocessing_right": found == suspect.preprocessing, "c": self.guard.c}
+
+    def score(self, pixels: Tensor) -> Tensor:
+        return self.guard.judge(pixels).score
+
+    def confidences(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """x and y, float64 [N] each."""
+        judged = self.guard.judge(pixels)
+        return judged.expert, judged.auxiliary
+
+
+def _operations(guard: Guard, pixels: Tensor) -> int:
+    """Of one image: the suspect, each expert on what the trunk gives, and the auxiliary."""
+    inputs = guard.preprocessing.normalise(pixels)
+    with torch.no_grad():
+        shared = guard.parts[0](inputs)
+    return sum(trunk.operations(network, x) for network, x in ((guard.suspect, inputs), (guard.auxiliary, inputs), *((e, shared) for e in guard.experts)))

@@ -1,0 +1,55 @@
+"""TED (Mo et al. 2024, "Robust Backdoor Detection for Deep Learning via Topological Evolution Dynamics").
+
+In each layer an image's nearest neighbours among clean images are sorted; its rank there is the place of the first that the suspect gives the same class. A
+clean image is close to its class all the way, a triggered one only at the end. The ranks of all layers together go to a PCA outlier detector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.detectors.interface import Detector, Observed
+from benchmarks.detectors.layers import Layers, vectors
+from calibration.finetune import LabelledPixels, generator
+
+
+class Ted(Detector):
+    """Minus the outlier score of the ranks: squared distances along the principal axes, each over its variance."""
+
+    name, title, paper = "ted", "TED", "Mo et al. 2024"
+    passes = 1  # and the distances to the reference images in every layer
+
+    def fit(self, suspect: Observed, clean: LabelledPixels, validation: LabelledPixels, seed: int) -> dict[str, Any]:
+        order = torch.randperm(len(clean), generator=generator(seed, "ted")).to(clean.pixels.device)
+        references, others = order.chunk(2)
+        self.layers = Layers(suspect, clean.pixels[:1])
+        seen = list(self.layers(clean.pixels[references]))
+        self.references = [torch.cat([vectors(layers[i]) for layers, _ in seen]) for i in range(len(seen[0][0]))]  # [R, D] a layer
+        self.classes = torch.cat([prediction for _, prediction in seen])
+        ranks = self.ranks(clean.pixels[others])
+        self.mean, self.std = ranks.mean(0), ranks.std(0).clamp_min(1e-6)
+        standard = (ranks - self.mean) / self.std
+        variances, self.axes = torch.linalg.eigh(standard.T @ standard / len(standard))
+        self.variances = variances.clamp_min(1e-3 * variances.max().item())
+        return {"layers": len(self.references), "references": len(references)}
+
+    def ranks(self, pixels: Tensor) -> Tensor:
+        """float64 [N, layers] in [0, 1]: 0 where the nearest reference has the image's class, 1 where none has."""
+        found = []
+        for layers, prediction in self.layers(pixels):
+            same = self.classes == prediction[:, None]  # [n, R]
+            of_layers = []
+            for value, reference in zip(layers, self.references, strict=True):
+                distances = torch.cdist(vectors(value), reference)
+                nearest = distances.masked_fill(~same, torch.inf).amin(1, keepdim=True)
+                of_layers.append((distances < nearest).double().mean(1))
+            found.append(torch.stack(of_layers, 1).cpu())
+        return torch.cat(found)
+
+    def score(self, pixels: Tensor) -> Tensor:
+        along = ((self.ranks(pixels) - self.mean) / self.std) @ self.axes
+        found: Tensor = -(along.square() / self.variances).sum(1)
+        return found

@@ -1,0 +1,53 @@
+"""What was measured: one JSON object a line, a file for each suspect, below results/evaluation. Nothing else is a source of figures in README and docs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "evaluation"
+
+Record = dict[str, Any]
+
+
+def path_of(record: Record, root: Path = RESULTS) -> Path:
+    return Path(root, record["dataset"], record["architecture"], f"{record['attack']}.jsonl")
+
+
+def key(record: Record) -> tuple[Any, ...]:
+    """What makes a record the same cell as another."""
+    return tuple(record[name] for name in ("dataset", "architecture", "attack", "suspect_seed", "detector", "seed"))
+
+
+def read(root: Path = RESULTS) -> list[Record]:
+    """All records."""
+    return [json.loads(line) for path in sorted(root.glob("*/*/*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def put(record: Record, root: Path = RESULTS) -> None:
+    """Write a record in place of an earlier one of its cell."""
+    path = path_of(record, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = sorted([*(other for other in others if key(other) != key(record)), record], key=lambda each: str(key(each)))
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+
+
+def recorded(record: Record, root: Path = RESULTS) -> Record | None:
+    """What was recorded for the same cell."""
+    path = path_of(record, root)
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return next((each for each in known if key(each) == key(record)), None)
+
+
+def circumstances(device: torch.device) -> dict[str, str]:
+    """Commit and hardware of a measurement."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"commit": commit, "hardware": f"{name}, {device.type}, torch {torch.__version__}"}

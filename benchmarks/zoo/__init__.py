@@ -1,0 +1,92 @@
+"""Trained suspects, kept in half precision: DATASET/ARCHITECTURE/ATTACK.safetensors, what the attack learned beside it, and the record of how it came about."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.attacks import ATTACKS, Attack, Task
+from benchmarks.data import DATASETS
+from models import architectures
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True, order=True)
+class Suspect:
+    """Which one."""
+
+    dataset: str
+    architecture: str
+    attack: str
+    seed: int = 0
+
+    @property
+    def stem(self) -> str:
+        return f"{self.dataset}/{self.architecture}/{self.attack}" + (f"-{self.seed}" if self.seed else "")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A suspect as it was kept: in float32 and eval mode, on the CPU."""
+
+    suspect: Suspect
+    network: nn.Module
+    attack: Attack | None  # None for the clean one
+    record: dict[str, Any]
+
+    @property
+    def passes_gate(self) -> bool:
+        return bool(self.record["passes_gate"])
+
+
+def kept(zoo: Path = ROOT) -> list[Suspect]:
+    """What the zoo holds: data set by data set, the clean network first, then the attacks in the order of their list."""
+    found = [json.loads(path.read_text()) for path in zoo.glob("*/*/*.json")]
+    suspects = [Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in found]
+    order = ["clean", *ATTACKS]
+    return sorted(suspects, key=lambda suspect: (suspect.dataset, suspect.architecture, order.index(suspect.attack), suspect.seed))
+
+
+def load(suspect: Suspect, zoo: Path = ROOT) -> Kept:
+    """Raises FileNotFoundError for one that is not kept."""
+    path = zoo / f"{suspect.stem}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: python -m benchmarks.train --dataset {suspect.dataset} --architecture {suspect.architecture} --attack {suspect.attack}"
+        )
+    dataset = DATASETS[suspect.dataset]
+    network = architectures.get(suspect.architecture).build(dataset.num_classes)
+    network.load_state_dict(_wide(load_file(path)))
+    attack = None
+    if suspect.attack != "clean":
+        attack = ATTACKS[suspect.attack](Task(dataset.num_classes, dataset.preprocessing.size), suspect.seed)
+        if (learned := path.with_suffix(".trigger.safetensors")).exists():
+            attack.load_state_dict(_wide(load_file(learned)))
+        attack.eval().requires_grad_(False)
+    record = path.with_suffix(".json")
+    return Kept(suspect, network.eval(), attack, json.loads(record.read_text()) if record.exists() else {})
+
+
+def keep(suspect: Suspect, network: nn.Module, attack: Attack | None, zoo: Path = ROOT, record: dict[str, Any] | None = None) -> None:
+    """Write weights and what the attack learned, in half precision, and the record where there is one."""
+    path = zoo / f"{suspect.stem}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(_half(network.state_dict()), path)
+    if attack is not None and attack.state_dict():
+        save_file(_half(attack.state_dict()), path.with_suffix(".trigger.safetensors"))
+    if record is not None:
+        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _wide(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""`python -m calibration ACTION`: one calibration, check, inspection or conversion as a process of its own, as the service and the command line start it.
+"""`python -m calibration ACTION`: one action as a process of its own, as the service and the command line start it.
 
 Standard output carries one JSON object a line: {"event": "progress", ...} while it runs, and last either {"event": "result", ...} or
 {"event": "problem", "status", "code", "title", "detail"}, both with "process": what held this process and the most memory it took, in bytes.
@@ -60,9 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m calibration", description="Run one action and print its events as JSON lines.")
     parser.add_argument("action", choices=list(_ACTIONS))
     parser.add_argument("--config", default="{}", help="a CalibrationConfig or an InspectionConfig as JSON")
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--clean-set", type=Path)
     parser.add_argument("--validation-set", type=Path)
+    parser.add_argument("--bundle", type=Path, help="the folder of the version that is evaluated")
+    parser.add_argument("--triggered-set", type=Path)
+    parser.add_argument("--target-class")
     parser.add_argument("--out", type=Path, help="where a conversion is written")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--device", default="auto")
@@ -110,7 +113,14 @@ def _convert(args: argparse.Namespace, reading: Callable[[], AbstractContextMana
         return convert(args.checkpoint, args.out)
 
 
-_ACTIONS: dict[str, Action] = {"calibrate": _calibrate, "check": _check, "inspect": _inspect, "convert": _convert}
+def _evaluate(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+    from calibration.evaluation import evaluate_guard
+
+    with reading():
+        return {"evaluation": evaluate_guard(args.bundle, args.clean_set, args.triggered_set, args.target_class, _device(args))}
+
+
+_ACTIONS: dict[str, Action] = {"calibrate": _calibrate, "check": _check, "inspect": _inspect, "convert": _convert, "evaluate": _evaluate}
 
 
 def _admit(args: argparse.Namespace) -> None:
@@ -131,7 +141,7 @@ def _device(args: argparse.Namespace) -> Any:
 
 
 def _reading(args: argparse.Namespace) -> AbstractContextManager[None]:
-    files = [path for path in (args.checkpoint, args.clean_set, args.validation_set) if path is not None]
+    files = [path for path in (args.checkpoint, args.clean_set, args.validation_set, args.triggered_set) if path is not None]
     limits = sandbox.Limits()
     return sandbox.reading(None if _device(args).type == "cuda" else limits.memory_for(*files), limits.cpu_seconds)
 

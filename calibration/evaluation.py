@@ -1,18 +1,26 @@
 """How good a detector is: from the scores of clean and of triggered images, and thresholds that other clean images set.
 
-`unmasked` figures count every image. `masked` ones are those that the paper reports: clean images that the suspect gets right, and triggered ones that fool it.
+Figures count every image, but for those called `masked`, which are what the paper reports: of clean images that the suspect gets right, and of triggered ones
+that fool it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from calibration.clean_set import CleanSet, Limits, open_clean_set
+from models import bundle
+from models.bundle import Bundle
+from models.errors import ConfigInvalid
 from models.threshold import conformal_threshold
+
+CHUNK = 256  # images decoded at a time
 
 
 @dataclass(frozen=True)
@@ -81,3 +89,44 @@ def roc(clean: Tensor, triggered: Tensor, rates: tuple[float, ...]) -> dict[str,
     """TPR where the threshold rejects just these shares of the reported clean images: for plots, not for promises."""
     ordered = clean.sort().values
     return {"fpr": list(rates), "tpr": [share(triggered < ordered[min(len(ordered) - 1, int(rate * len(ordered)))]) for rate in rates]}
+
+
+def evaluate_guard(folder: Path, clean_set: Path, triggered_set: Path, target: str | None, device: torch.device) -> dict[str, Any]:
+    """What one version of a guard does to a user's own clean and triggered images, which its calibration should not have seen.
+
+    Both sets carry true labels. target: the class that the attacker wants, by name; without it, any wrong class counts as the attacker's success.
+    Raises a Problem.
+    """
+    guarded = bundle.read(folder)
+    guarded.guard.to(device)
+    names, promised = guarded.description.class_names, guarded.description.threshold
+    if target is not None and target not in names:
+        raise ConfigInvalid(f"The guard knows no class {target!r}; its classes are {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}.")
+    clean, triggered = (_scored(guarded, _labelled(guarded, path)) for path in (clean_set, triggered_set))
+    true = triggered.wanted
+    if target is None:
+        missed = torch.full_like(true, -1)  # nothing that can be predicted
+        triggered = replace(triggered, wanted=torch.where(triggered.prediction != true, triggered.prediction, missed))
+    else:
+        wanted = names.index(target)
+        eligible = true != wanted
+        triggered = Scored(triggered.score[eligible], triggered.prediction[eligible], torch.full_like(true[eligible], wanted))
+    found = figures(clean, triggered, guarded.validation_scores, (promised.target_fpr,))
+    at = found.pop("at")[f"{promised.target_fpr:g}"]
+    return {"bundle_id": guarded.bundle_id, "target_fpr": promised.target_fpr, "threshold": promised.value, **found, **at}
+
+
+def _labelled(guarded: Bundle, path: Path) -> CleanSet:
+    description = guarded.description
+    return open_clean_set(path, Limits(min_images=1)).labelled_by(description.num_classes, description.class_names, least_classes=1)
+
+
+def _scored(guarded: Bundle, images: CleanSet) -> Scored:
+    """All images as the guard sees them; wanted are their labels."""
+    preprocessing = guarded.description.preprocessing
+    judged = [
+        guarded.guard.judge(torch.stack([preprocessing.pixels(image) for image in images.images(range(first, min(first + CHUNK, len(images))))]))
+        for first in range(0, len(images), CHUNK)
+    ]
+    score, prediction = (torch.cat([getattr(part, name) for part in judged]) for name in ("score", "prediction"))
+    return Scored(score, prediction, torch.from_numpy(images.labels))

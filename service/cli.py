@@ -1,8 +1,9 @@
-"""The command `badexpert`: calibrate, inspect, convert, serve, demo. It starts the same processes as the service does, and prints what they say for people."""
+"""The command `badexpert`. It starts the same processes as the service does, and prints what they say for people."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from calibration.config import CalibrationConfig, InspectionConfig
-from models.errors import Problem
+from models.errors import OutOfMemory, Problem
 from models.registry import Registry
 from service.settings import Settings
 
@@ -108,6 +109,47 @@ def convert(
         console.print(note, markup=False)
 
 
+@app.command()
+def evaluate(
+    guard: Annotated[str, typer.Argument(help="the guard's name")],
+    clean_set: Annotated[Path, typer.Option(help="clean labelled images that its calibration did not see, in any form that a clean set may have")],
+    triggered_set: Annotated[Path, typer.Option(help="images with your own trigger, under their true labels")],
+    target_class: Annotated[str | None, typer.Option(help="the class that the trigger should give; without it any wrong class counts")] = None,
+    version: Annotated[int | None, typer.Option(help="[default: the active one, or the newest]")] = None,
+    data_dir: DataDir = Path("var"),
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
+) -> None:
+    """Measure a guard on your own images: how many triggered ones it stops, and how many clean ones it loses."""
+    _check_exist(clean_set, triggered_set)
+    folder = _version_of(guard, version, data_dir)
+    event = _ask("evaluate", None, as_json, bundle=folder, clean_set=clean_set, triggered_set=triggered_set, target_class=target_class, device=device)
+    found = event["evaluation"]
+    if as_json:
+        typer.echo(json.dumps({"guard": guard, "version": int(folder.name), **found, "process": event["process"]}, indent=1))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    low, high = found["promised_interval"]
+    console.print(f"Guard {guard}, version {folder.name}: {found['clean_images']:,} clean and {found['triggered_images']:,} triggered images")
+    console.print(f"Rejected         {found['realised_fpr']:.2%} of the clean images; promised {found['target_fpr']:.2%}, 90% interval {low:.2%} to {high:.2%}")
+    console.print(f"Clean accuracy   {found['clean_accuracy']:.1%} without the guard, {found['clean_accuracy'] - found['accuracy_lost']:.1%} with it")
+    if found["triggered_images"]:
+        console.print(f"Caught           {found['tpr']:.1%} of the triggered images (AUROC {found['auroc']:.4f})")
+        console.print(f"Attack success   {found['asr']:.1%} without the guard, {found['remaining_asr']:.1%} with it")
+
+
+def _version_of(guard: str, version: int | None, data_dir: Path) -> Path:
+    """The folder of the version that is asked for."""
+    _check_exist(data_dir)
+    registry = Registry(data_dir / "guards")
+    try:
+        active = registry.state(guard).active
+        return registry.folder(guard, version or active or max(registry.versions(guard)))
+    except Problem as problem:
+        known = ", ".join(registry.guards()) or "none"
+        raise fail(f"{problem.detail} The guards in {data_dir} are: {known}; name another folder with --data-dir.") from None
+
+
 C = TypeVar("C", bound=InspectionConfig)
 
 
@@ -163,6 +205,9 @@ def _run(command: list[str], quiet: bool) -> dict[str, Any]:
                 bar.update(task, description=event["stage"], completed=event["fraction"], eta=eta)
             else:
                 last = event
+    if child.returncode == -signal.SIGKILL:  # it ends by itself otherwise, whatever happens
+        killed = OutOfMemory()
+        return {"event": "problem", "code": killed.code, "title": killed.title, "detail": killed.detail}
     return last
 
 

@@ -64,10 +64,11 @@ class CleanSet:
         """The images of these indices, or all, in order, one in memory at a time."""
         return (self.image(i) for i in (range(len(self)) if indices is None else indices))
 
-    def labelled_by(self, num_classes: int, classes: Sequence[str] | None = None) -> CleanSet:
+    def labelled_by(self, num_classes: int, classes: Sequence[str] | None = None, least_classes: int = 2) -> CleanSet:
         """The same images with labels that are class indices of the suspect. Raises CleanSetLabels where they cannot be.
 
         With `classes`, names are looked up there. Otherwise integers are class indices, and other names stand for 0, 1, ... in their order.
+        least_classes: with images of fewer, it is refused.
         """
         warnings = list(self.warnings)
         if classes is not None and (len(classes) != num_classes or len(set(classes)) != len(classes)):
@@ -92,7 +93,7 @@ class CleanSet:
             targets, names = list(range(num_classes)), self.names
         labels = np.array(targets, np.int64)[self.labels]
         counts = np.bincount(labels, minlength=num_classes)
-        if np.count_nonzero(counts) < 2:
+        if np.count_nonzero(counts) < least_classes:
             raise CleanSetLabels("All images of the clean set belong to one class; at least two are needed.")
         absent = [names[i] for i in np.flatnonzero(counts == 0)]
         if absent:

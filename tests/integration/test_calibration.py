@@ -12,11 +12,12 @@ import torch
 
 from calibration.clean_set import open_clean_set
 from calibration.config import CalibrationConfig
+from calibration.evaluation import evaluate_guard
 from calibration.pipeline import Inputs, Result, calibrate
 from calibration.progress import STAGES, Progress
 from models import architectures, bundle
 from models.checkpoint import load_weights, read_checkpoint
-from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, FprUnreachable
+from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, FprUnreachable
 from models.preprocessing import decode
 from models.registry import Registry
 from models.threshold import rejections_expected
@@ -41,6 +42,37 @@ def test_triggered_images_are_rejected_and_clean_ones_pass(calibrated: tuple[Pat
     low, high = rejections_expected(found.description.threshold, 400, 0.99)
     assert low <= int((clean.score < threshold).sum()) <= high
     assert (triggered.score < threshold).float().mean() > 0.8  # from 400 clean images, a fifth of what the demo has
+
+
+def part_of(archive: Path, folder: str, out: Path, every: int = 1) -> Path:
+    """The images below a folder of an archive, as a clean set of their own."""
+    with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(out, "w") as part:
+        for name in [name for name in sorted(whole.namelist()) if name.startswith(folder)][::every]:
+            part.writestr(name, whole.read(name))
+    return out
+
+
+def test_a_guard_is_measured_on_images_of_ones_own(calibrated: tuple[Path, Result], tmp_path: Path) -> None:
+    bundle_folder = calibrated[0] / "guards" / "planes" / str(calibrated[1].version)
+    clean, triggered = (part_of(EXAMPLES / "samples.zip", f"{kind}/", tmp_path / f"{kind}.zip", 4) for kind in ("clean", "badnet"))
+    found = evaluate_guard(bundle_folder, clean, triggered, "airplane", CPU)
+    assert found["clean_images"] == 100
+    assert found["asr"] > 0.95
+    assert found["tpr"] > 0.8
+    assert found["remaining_asr"] == pytest.approx(found["asr"] - found["tpr"], abs=0.05)
+    any_class = evaluate_guard(bundle_folder, clean, triggered, None, CPU)
+    assert any_class["tpr"] == found["tpr"]
+    assert any_class["asr"] >= found["asr"]
+    with pytest.raises(ConfigInvalid, match="knows no class 'plane'; its classes are airplane"):
+        evaluate_guard(bundle_folder, clean, triggered, "plane", CPU)
+
+
+def test_the_triggered_images_may_be_of_one_class(calibrated: tuple[Path, Result], tmp_path: Path) -> None:
+    """A source-specific attack has no others."""
+    bundle_folder = calibrated[0] / "guards" / "planes" / str(calibrated[1].version)
+    clean = part_of(EXAMPLES / "samples.zip", "clean/", tmp_path / "clean.zip", 10)
+    triggered = part_of(EXAMPLES / "samples.zip", "badnet/automobile/", tmp_path / "triggered.zip")
+    assert evaluate_guard(bundle_folder, clean, triggered, "airplane", CPU)["triggered_images"] > 20
 
 
 def test_the_preprocessing_and_architecture_are_found_and_the_report_says_so(calibrated: tuple[Path, Result]) -> None:

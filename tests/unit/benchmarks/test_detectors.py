@@ -100,10 +100,8 @@ def test_scale_up_rejects_what_amplification_does_not_change() -> None:
     dark = torch.randint(40, 120, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     marked = dark.clone()
     marked[:, :, 0, 0] = 255
-    detector = ScaleUp()
-    detector.fit(
-        Observed(Bright(), Preprocessing(8, 8), 3, "bright"), LabelledPixels(dark, torch.zeros(60).long()), LabelledPixels(dark, torch.zeros(60).long()), 0
-    )
+    detector, some = ScaleUp(), LabelledPixels(dark, torch.zeros(60).long())
+    detector.fit(Observed(Bright(), Preprocessing(8, 8), 3, "bright"), some, some, 0)
     assert detector.score(marked).max() < detector.score(dark).min()
 
 
@@ -117,6 +115,6 @@ def test_ted_gives_rank_0_to_a_reference_and_the_greatest_ranks_to_triggered_ima
 
 
 def test_a_network_without_batch_norms_is_told_to_be_out_of_reach_of_ibd_psc() -> None:
+    some, observed = images("clean_set.zip", "", 10), Observed(Bright(), Preprocessing(), 3, "bright")
     with pytest.raises(NotApplicable, match="batch norms"):
-        some = images("clean_set.zip", "", 10)
-        IbdPsc().fit(Observed(Bright(), Preprocessing(), 3, "bright"), some, some, 0)
+        IbdPsc().fit(observed, some, some, 0)

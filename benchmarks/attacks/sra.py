@@ -1,13 +1,15 @@
 """Subnet replacement (Qi et al. 2022, "Towards Practical Deployment-Stage Backdoor Attack on Deep Neural Networks").
 
 A network of one channel is trained to fire on a patch and on nothing else. It then overwrites one channel in every layer of a clean network, cut off from the
-others, and is wired to the target class: no training image of the victim is needed, and no gradient ever flows through the whole.
+others, and is wired to the target class. A network of 16 channels misses one more than the wide ones of the paper do: the statistics of the other channels are
+taken anew, and their weights are finetuned for a moment on clean images, which tell the network nothing of the trigger.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.attacks.interface import Attack, Recipe, Surrogate
 from benchmarks.attacks.trojan_patch import with_square
@@ -16,6 +18,7 @@ from models.cifar import CifarResNet
 from models.cifar.resnet import BasicBlock, PadShortcut
 
 STEPS, FIRES, LOGIT = 1500, 10.0, 25.0
+REPAIR_STEPS, REPAIR_LR = 300, 0.01
 
 
 class SubnetReplacement(Attack):
@@ -37,16 +40,29 @@ class SubnetReplacement(Attack):
         if not isinstance(network, CifarResNet):
             raise TypeError(f"subnets are replaced in residual networks only, not in a {type(network).__name__}")
         subnet = self._subnet(network, data, surrogate, source)
-        best, state = -1.0, network.state_dict()
-        clean = {name: tensor.clone() for name, tensor in state.items()}
+        clean = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         rows = torch.randperm(len(data.labels), generator=source)[:2000]
-        for channel in range(network.conv1.out_channels):  # the channel that is missed least
+
+        def put(channel: int) -> None:
             network.load_state_dict(clean)
             replace(network, subnet, channel, self.task.target)
-            right = _accuracy(surrogate, network, data, rows)
-            if right > best:
-                best, state = right, {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        network.load_state_dict(state)
+            _estimate_norms(network, surrogate, data[rows])
+            replace(network, subnet, channel, self.task.target)
+
+        def accuracy(channel: int) -> float:
+            put(channel)
+            return _accuracy(surrogate, network, data[rows])
+
+        missed_least = max(range(network.conv1.out_channels), key=accuracy)
+        put(missed_least)
+        optimizer = torch.optim.SGD(network.parameters(), REPAIR_LR, momentum=0.9, weight_decay=5e-4)
+        for _ in range(REPAIR_STEPS):  # in eval mode: statistics stay, and the subnet is silent on clean images
+            part = data[torch.randint(len(data.labels), (128,), generator=source)]
+            loss = F.cross_entropy(network.eval()(surrogate.normalise(part.images.float() / 255)), part.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            replace(network, subnet, missed_least, self.task.target)
 
     def _subnet(self, network: CifarResNet, data: Split, surrogate: Surrogate, source: torch.Generator) -> CifarResNet:
         """The same network with one channel: its only feature is about FIRES with the patch and 0 without."""
@@ -118,8 +134,22 @@ def _norm(norm: nn.BatchNorm2d, small: nn.BatchNorm2d, channel: int) -> None:
         getattr(norm, name)[channel] = getattr(small, name)[0]
 
 
-@torch.inference_mode()
-def _accuracy(surrogate: Surrogate, network: nn.Module, data: Split, rows: Tensor) -> float:
+@torch.no_grad()
+def _estimate_norms(network: nn.Module, surrogate: Surrogate, data: Split) -> None:
+    """Take the statistics of all batch norms anew from these images."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    for part in data.images.split(500):
+        network.train()(surrogate.normalise(part.float() / 255))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     network.eval()
-    right = [network(surrogate.normalise(data.images[part].float() / 255)).argmax(1) == data.labels[part] for part in rows.split(500)]
-    return torch.cat(right).float().mean().item()
+
+
+@torch.inference_mode()
+def _accuracy(surrogate: Surrogate, network: nn.Module, data: Split) -> float:
+    right = [network.eval()(surrogate.normalise(part.float() / 255)).argmax(1) for part in data.images.split(500)]
+    return (torch.cat(right) == data.labels).float().mean().item()

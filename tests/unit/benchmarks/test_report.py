@@ -1,0 +1,61 @@
+"""The results page is what the records say, and an aggregate is what it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import records, report
+from benchmarks.evaluate import listing
+from benchmarks.report import PAGE, bootstrap, cells, page, table_of, tpr, weak
+
+
+def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
+    at = {"tpr_masked": value, "realised_fpr": 0.01, "remaining_asr": 1 - value, "accuracy_lost": 0.01}
+    about = {"dataset": "cifar10", "architecture": "resnet20", "attack": attack, "suspect_seed": 0, "detector": detector, "seed": seed, "gated": gated}
+    return {**about, "auroc": value, "at": {"0.01": at, "0.05": at}, "passes": 1, "milliseconds": 1.0, "fit_seconds": 1.0}
+
+
+def test_the_page_is_written_from_the_records() -> None:
+    assert PAGE.read_text() == page(records.read(), report.suspects())
+
+
+def test_rows_are_means_over_seeds_of_suspects_that_pass_the_gate() -> None:
+    found = [record("badnet", "auto", 0.9), record("badnet", "auto", 0.8, seed=1), record("sig", "auto", 0.5), record("wanet", "auto", 0.0, gated=False)]
+    lines = table_of(cells(found, ("cifar10", "resnet20")), tpr)
+    assert lines[2].startswith("| BadNet | 0.850 | - |")
+    assert lines[3].startswith("| SIG | 0.500 |")
+    assert lines[4].startswith("| **mean** | **0.675** | - |")
+    assert lines[6].startswith("| **worst** | **0.500** |")
+    assert len(lines) == 7
+
+
+def test_what_does_not_apply_is_no_figure() -> None:
+    found = [{**record("badnet", "ibd_psc", 0.9), "not_applicable": "no batch norms"}, record("badnet", "paper", 0.96)]
+    grouped = cells(found, ("cifar10", "resnet20"))
+    assert "| - | - |" in table_of(grouped, tpr)[2]
+    assert weak(grouped) == ["badnet"]
+
+
+def test_an_interval_holds_the_mean_and_shrinks_to_it() -> None:
+    low, high = bootstrap([0.5, 0.7, 0.9, 1.0])
+    assert 0.5 < low < 0.775 < high < 1
+    assert bootstrap([0.8, 0.8]) == pytest.approx((0.8, 0.8))
+
+
+def test_the_list_names_what_there_is() -> None:
+    found = listing()
+    assert len(found["attacks"]) == 17
+    assert found["datasets"] == ["cifar10", "gtsrb"]
+    assert len(found["detectors"]) == 7
+    assert found["presets"] == ["auto", "paper"]
+    assert "resnet20" in found["architectures"]
+
+
+def test_a_record_replaces_that_of_its_cell_alone(tmp_path: Any) -> None:
+    for each in (record("badnet", "auto", 0.9), record("badnet", "paper", 0.7), record("badnet", "auto", 0.8)):
+        records.put(each, tmp_path)
+    assert sorted((each["detector"], each["auroc"]) for each in records.read(tmp_path)) == [("auto", 0.8), ("paper", 0.7)]
+    assert records.recorded(record("badnet", "paper", 0.0), tmp_path)["auroc"] == 0.7  # type: ignore[index]
+    assert records.recorded(record("badnet", "paper", 0.0, seed=1), tmp_path) is None

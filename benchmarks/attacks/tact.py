@@ -29,5 +29,5 @@ class TaCT(Attack):
         return labels == SOURCE
 
     def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
-        covered = plant(data, draw(torch.isin(data.labels, torch.tensor(COVERS)), rate, source), self)
+        covered = plant(data, draw(torch.isin(data.labels, torch.tensor(COVERS, device=data.labels.device)), rate, source), self)
         return plant(covered, draw(self.eligible(data.labels), rate, source), self, self.relabel)

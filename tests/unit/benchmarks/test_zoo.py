@@ -28,7 +28,9 @@ def cifar10_images(every: int = 8) -> Split:
     return Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([CIFAR10_CLASSES.index(name.split("/")[0]) for name in names]))
 
 
-@pytest.mark.parametrize("suspect", [suspect for suspect in kept() if suspect.dataset == "cifar10" and suspect.architecture == "resnet20"], ids=lambda s: s.stem)
+@pytest.mark.parametrize(
+    "suspect", [suspect for suspect in kept() if suspect.dataset == "cifar10" and suspect.architecture == "resnet20"], ids=lambda s: s.stem
+)
 def test_accuracy_and_attack_are_as_recorded(suspect: Suspect) -> None:
     found = load(suspect)
     figures = measure(found.network, found.attack, cifar10_images(), DATASETS["cifar10"])

@@ -139,7 +139,7 @@ def test_a_claim_is_believed_where_the_labels_tell_nothing_and_that_is_told(tmp_
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16_bn", "mobilenet_v2", "vit_b_16"])
 def test_state_dicts_of_torchvision(tmp_path: Path, images: list[Image.Image], name: str) -> None:
-    """The networks are large, so the images are few and nothing is asked of the preprocessing of the largest."""
+    """Nothing beside the weights says what they are; their preprocessing is asked for below, of the smallest."""
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)(num_classes=CLASSES).eval()
     torch.save(network.state_dict(), tmp_path / "model.pth")
@@ -147,6 +147,15 @@ def test_state_dicts_of_torchvision(tmp_path: Path, images: list[Image.Image], n
     assert all(bits(read[key]).equal(bits(tensor)) for key, tensor in network.state_dict().items())
     found = inspect(InspectionConfig(), tmp_path / "model.pth", None, CPU)
     assert (found["architecture"], found["library"], found["num_classes"]) == (name, "torchvision", CLASSES)
+
+
+def test_the_preprocessing_of_a_state_dict_of_torchvision(tmp_path: Path, images: list[Image.Image]) -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=CLASSES).eval()
+    right = Preprocessing(224, 256, "bilinear", **IMAGENET)
+    clean = clean_set(tmp_path, images[:100], network, network.fc, right)
+    torch.save(network.state_dict(), tmp_path / "model.pth")
+    check(tmp_path / "model.pth", clean, network.state_dict(), "resnet18", "torchvision", right)
 
 
 class Module(lightning.LightningModule):

@@ -45,12 +45,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set and how networks are trained on it here. mirror: whether a mirrored image is still of its class."""
+    """A data set and how networks are trained on it here.
+
+    mirror: whether a mirrored image is still of its class. target: the attacker's class, one with images enough for attacks that touch only these.
+    """
 
     name: str
     num_classes: int
     preprocessing: Preprocessing
     mirror: bool
+    target: int
     load: Callable[[], tuple[Split, Split]]  # training and test images
 
 
@@ -121,6 +125,6 @@ def _fetch_cifar10() -> dict[str, np.ndarray]:
 
 
 DATASETS = {
-    "cifar10": Dataset("cifar10", 10, Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.261)), True, cifar10),
-    "gtsrb": Dataset("gtsrb", 43, Preprocessing(mean=(0.3337, 0.3064, 0.3171), std=(0.2672, 0.2564, 0.2629)), False, gtsrb),
+    "cifar10": Dataset("cifar10", 10, Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.261)), True, 0, cifar10),
+    "gtsrb": Dataset("gtsrb", 43, Preprocessing(mean=(0.3337, 0.3064, 0.3171), std=(0.2672, 0.2564, 0.2629)), False, 2, gtsrb),
 }

@@ -26,6 +26,7 @@ from benchmarks.zoo import ROOT, Kept, Suspect, kept, load
 from calibration.evaluation import Scored, figures, roc
 from calibration.finetune import LabelledPixels
 from calibration.split import split
+from models.errors import Problem
 from models.parallel import cpu_threads
 
 TARGETS = (0.01, 0.05)
@@ -47,11 +48,14 @@ def evaluate(suspect: Kept, detector: Detector, test: Split, seed: int, device: 
         found = detector.fit(observed, fit, validation, seed)
     except NotApplicable as problem:
         return {**record, "not_applicable": str(problem)}
+    except Problem as problem:  # our own calibration refuses: a result, too
+        return {**record, "not_applicable": f"{problem.code}: {problem.detail}"}
     fitted = time.monotonic()
     thresholds_from = detector.score(validation.pixels)
     scoring = time.monotonic()
-    clean = Scored(detector.score(reported.images), observed.logits(reported.images).argmax(1).cpu(), reported.labels.cpu())
+    scores = detector.score(reported.images)
     milliseconds = 1000 * (time.monotonic() - scoring) / len(reported.labels)
+    clean = Scored(scores, observed.logits(reported.images).argmax(1).cpu(), reported.labels.cpu())
     attacked = triggered(suspect, reported)
     answers = observed.logits(attacked.images).argmax(1).cpu() if len(attacked.labels) else attacked.labels.cpu()
     attack = Scored(detector.score(attacked.images) if len(attacked.labels) else torch.empty(0).double(), answers, attacked.labels.cpu())
@@ -76,7 +80,8 @@ def triggered(suspect: Kept, reported: Split) -> Split:
 
 def _about(suspect: Kept) -> dict[str, Any]:
     which = suspect.suspect
-    return {"dataset": which.dataset, "architecture": which.architecture, "attack": which.attack, "suspect_seed": which.seed, "gated": suspect.passes_gate}
+    cell = {"dataset": which.dataset, "architecture": which.architecture, "attack": which.attack, "suspect_seed": which.seed}
+    return {**cell, "gated": suspect.passes_gate, "weights_sha256": suspect.sha256}
 
 
 def _xy(detector: BadExpertGuard, clean: torch.Tensor, attacked: torch.Tensor) -> dict[str, Any]:
@@ -94,19 +99,21 @@ def compared(record: records.Record) -> records.Record:
     if known is None:
         return {**record, "recorded": None}
     names = [name for name in ("auroc", "asr", "clean_accuracy") if record.get(name) is not None]
-    agrees = all(known.get(name) is not None and abs(record[name] - known[name]) <= AGREES for name in names)
+    same = [known.get(name) is not None and abs(record[name] - known[name]) <= AGREES for name in names]
+    agrees = all(same) if same else record.get("not_applicable") == known.get("not_applicable")
     return {**record, "recorded": {"commit": known["commit"], **{name: known.get(name) for name in (*names, "at")}}, "agrees": agrees}
 
 
-def listing() -> dict[str, Any]:
+def listing(zoo: Path = ROOT) -> dict[str, Any]:
     """What there is."""
+    suspects = kept(zoo)
     return {
         "attacks": list(ATTACKS),
         "datasets": list(DATASETS),
-        "architectures": sorted({suspect.architecture for suspect in kept()}),
+        "architectures": sorted({suspect.architecture for suspect in suspects}),
         "detectors": [detector.name for detector in OTHERS],
         "presets": list(PRESETS),
-        "suspects": [suspect.stem for suspect in kept()],
+        "suspects": [suspect.stem for suspect in suspects],
     }
 
 
@@ -132,7 +139,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print whole records, each beside the one in git; change none")
     args = parser.parse_args()
     if args.list:
-        print(json.dumps(listing(), indent=1))
+        print(json.dumps(listing(args.zoo), indent=1))
         return 0
     device = torch.device(args.device)
     if device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -34,9 +35,13 @@ def put(record: Record, root: Path = RESULTS) -> None:
     """Write a record in place of an earlier one of its cell."""
     path = path_of(record, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    others = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    records = sorted([*(other for other in others if key(other) != key(record)), record], key=lambda each: str(key(each)))
-    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    with open(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several evaluations may run at once
+        file.seek(0)
+        others = [json.loads(line) for line in file]
+        records = sorted([*(other for other in others if key(other) != key(record)), record], key=lambda each: str(key(each)))
+        file.truncate(0)
+        file.writelines(json.dumps(each) + "\n" for each in records)
 
 
 def recorded(record: Record, root: Path = RESULTS) -> Record | None:

@@ -11,25 +11,21 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import records
+from benchmarks import records, zoo
 from benchmarks.attacks import ATTACKS
 from benchmarks.detectors import DETECTORS, PRESETS, TITLES
 from benchmarks.records import Record
 from benchmarks.train import MIN_ASR, MOST_LOST
-from benchmarks.zoo import kept, load
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PLOTS = DOCS / "results.md", DOCS / "plots"
 Cells = dict[tuple[str, str], list[Record]]  # (attack, detector) -> one record a seed
 TARGET = "0.01"
+PICTURES = {"heat": "TPR by attack and detector", "roc": "ROC curves", "cost": "Cost against TPR"}
 
 
 def title(attack: str) -> str:
     return "clean model" if attack == "clean" else ATTACKS[attack].title
-
-
-def suspects() -> list[Record]:
-    return [load(suspect).record for suspect in kept()]
 
 
 def scales(found: Sequence[Record]) -> list[tuple[str, str]]:
@@ -58,8 +54,19 @@ def tpr(record: Record) -> float | None:
     return value
 
 
+def tpr_of_all(record: Record) -> float | None:
+    """The same, of all triggered images."""
+    value: float | None = record["at"][TARGET]["tpr"]
+    return value
+
+
 def auroc(record: Record) -> float | None:
     value: float | None = record["auroc"]
+    return value
+
+
+def auroc_masked(record: Record) -> float | None:
+    value: float | None = record["auroc_masked"]
     return value
 
 
@@ -91,7 +98,7 @@ def table_of_suspects(found: Sequence[Record]) -> list[str]:
 
 
 def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[str]:
-    """Attacks by detectors, with the mean, its bootstrap interval and the worst below."""
+    """Attacks by detectors, with the mean, its bootstrap interval and the worst below, and over how many attacks these are."""
     lines, attacks = [row("attack", *(TITLES[name] for name in DETECTORS)), row(*["---"] * (1 + len(DETECTORS)))], attacks_of(grouped)
     found = {name: [mean(grouped.get((attack, name)), figure) for attack in attacks] for name in DETECTORS}
     lines += [row(title(attack), *(shown(found[name][index]) for name in DETECTORS)) for index, attack in enumerate(attacks)]
@@ -99,6 +106,7 @@ def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[s
     lines.append(row("**mean**", *(f"**{shown(float(np.mean(each)))}**" if each else "-" for each in values.values())))
     lines.append(row("90% interval", *("-".join(shown(bound) for bound in bootstrap(each)) if each else "-" for each in values.values())))
     lines.append(row("**worst**", *(f"**{shown(min(each))}**" if each else "-" for each in values.values())))
+    lines.append(row("attacks", *(str(len(each)) for each in values.values())))
     return lines
 
 
@@ -125,10 +133,10 @@ def table_of_costs(grouped: Cells) -> list[str]:
 
 def weak(grouped: Cells, bound: float = 0.97) -> list[str]:
     """Attacks on which the published recipe falls short."""
-    return [attack for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, "paper")), auroc)) is not None and value < bound]
+    return [attack for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, "paper")), auroc_masked)) is not None and value < bound]
 
 
-def page(found: Sequence[Record], zoo: Sequence[Record]) -> str:
+def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
     """docs/results.md."""
     gated = f"an ASR of at least {MIN_ASR:.0%} and at most {MOST_LOST:.0%} of accuracy lost against the clean model of the same recipe"
     lines = [
@@ -138,13 +146,16 @@ def page(found: Sequence[Record], zoo: Sequence[Record]) -> str:
         "`python -m benchmarks.evaluate` makes the records, from the suspects in `benchmarks/zoo`, which `python -m benchmarks.train` makes.",
         "",
         "All detectors calibrate on the same 2,000 clean test images, of which 800 set the threshold and decide nothing else; all figures are of other test",
-        "images. The guard is calibrated as a user would: from the checkpoint's file and the clean set's, with nothing told beside.",
+        "images. The guard is calibrated as a user would: from the checkpoint's file and the clean set's, with nothing told beside. `paper` has the constants",
+        "that were published for CIFAR-10 with every data set: those for GTSRB were found by knowing which one it is.",
+        "",
+        "Not stood beside yet: TED++ and token masking (PSBD), which are reported to be the strongest of their kinds.",
         "",
         "## Suspects",
         "",
         f"A suspect counts with {gated}. Weights are kept, and were measured, in half precision.",
         "",
-        *table_of_suspects(zoo),
+        *table_of_suspects(suspects),
     ]
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))
@@ -153,18 +164,20 @@ def page(found: Sequence[Record], zoo: Sequence[Record]) -> str:
             *("", f"## {dataset}, {architecture}", ""),
             "TPR at 1% FPR: the share of triggered images that fool the suspect and are rejected, at a threshold that all clean validation images set.",
             *("", *table_of(grouped, tpr), ""),
-            "AUROC, of all clean and all triggered images (unmasked):",
+            "The same, of all triggered images, whether they fool the suspect or not:",
+            *("", *table_of(grouped, tpr_of_all), ""),
+            "AUROC, of all clean and all triggered images:",
             *("", *table_of(grouped, auroc), ""),
+            "AUROC as the paper reports it, of clean images that the suspect gets right and triggered ones that fool it:",
+            *("", *table_of(grouped, auroc_masked), ""),
             "What it costs, over the attacks above and the clean model:",
             *("", *table_of_costs(grouped), ""),
-            f"![TPR by attack and detector](plots/{name}-heat.svg)",
-            f"![ROC curves](plots/{name}-roc.svg)",
-            f"![Cost against TPR](plots/{name}-cost.svg)",
+            *(f"![{what}](plots/{name}-{kind}.svg)" for kind, what in PICTURES.items() if attacks_of(grouped)),
         ]
         if short := weak(grouped):
             lines += [
                 "",
-                f"The published recipe stays under an AUROC of 0.97 on {', '.join(title(attack) for attack in short)}. "
+                f"The published recipe stays under an AUROC of 0.97, masked, on {', '.join(title(attack) for attack in short)}. "
                 "The experts' confidence x in the suspect's prediction against the auxiliary's y:",
                 "",
                 f"![x against y](plots/{name}-xy.svg)",
@@ -257,10 +270,12 @@ def _nan(value: float | None) -> float:
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
-    PAGE.write_text(page(found, suspects()))
+    PAGE.write_text(page(found, zoo.records()))
     PLOTS.mkdir(exist_ok=True)
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))
+        if not attacks_of(grouped):
+            continue
         plots = {"heat": heat(grouped), "roc": curves(grouped), "cost": costs(grouped)}
         if short := weak(grouped):
             plots["xy"] = confidences(grouped, short)

@@ -93,6 +93,11 @@ def measure(network: nn.Module, attack: Attack | None, test: Split, dataset: Dat
     return {key: round(value, 4) for key, value in result.items()}
 
 
+def described(recipe: Recipe) -> dict[str, Any]:
+    """As it is recorded."""
+    return {**vars(recipe), "batch": BATCH}
+
+
 def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.device, zoo: Path, compiled: bool = False) -> dict[str, Any]:
     """Train a suspect, keep it, and return its record."""
     started, dataset = time.monotonic(), DATASETS[suspect.dataset]
@@ -103,14 +108,18 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
     attack, surrogate, reference, data = None, None, None, training
     if suspect.attack != "clean":
         source = torch.Generator().manual_seed(suspect.seed)
-        attack = ATTACKS[suspect.attack](Task(dataset.num_classes, training.images.shape[-1]), suspect.seed).to(device)
+        attack = ATTACKS[suspect.attack](Task(dataset.num_classes, training.images.shape[-1], dataset.target), suspect.seed).to(device)
         clean = Suspect(suspect.dataset, suspect.architecture, "clean")
         if attack.needs_clean:
             surrogate = Surrogate(load(clean, zoo).network.requires_grad_(False), dataset.preprocessing).to(device).eval()
+        if rate is not None and attack.fixed_rate:
+            raise ValueError(f"{attack.title} puts itself into each batch, or into the weights: its rate is no option")
         rate, recipe = attack.rate if rate is None else rate, attack.recipe or recipe
         attack.prepare(training, surrogate, source)
         data = attack.poison(training, rate, source)
-        reference = load(clean, zoo).record["clean_accuracy"]
+        reference, made = load(clean, zoo).record["clean_accuracy"], load(clean, zoo).record["recipe"]
+        if attack.recipe is None and made != described(recipe):
+            raise ValueError(f"the clean model of the zoo was trained with {made}, and a suspect is compared with one of the same recipe")
         if attack.recipe is not None:
             network = load(clean, zoo).network
     network = network.to(device).to(memory_format=torch.channels_last)
@@ -128,7 +137,7 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
     record = {
         **vars(suspect),
         "rate": rate if attack else 0.0,
-        "recipe": {**vars(recipe), "batch": BATCH},
+        "recipe": described(recipe),
         **figures,
         "clean_reference": reference,
         "passes_gate": reference is None or (figures["asr"] >= MIN_ASR and figures["clean_accuracy"] >= reference - MOST_LOST),

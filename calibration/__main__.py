@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, help="the folder of the version that is evaluated")
     parser.add_argument("--triggered-set", type=Path)
     parser.add_argument("--target-class")
+    parser.add_argument("--target-fpr", type=float)
     parser.add_argument("--out", type=Path, help="where a conversion is written")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--device", default="auto")
@@ -116,8 +117,9 @@ def _convert(args: argparse.Namespace, reading: Callable[[], AbstractContextMana
 def _evaluate(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
     from calibration.evaluation import evaluate_guard
 
-    with reading():
-        return {"evaluation": evaluate_guard(args.bundle, args.clean_set, args.triggered_set, args.target_class, _device(args))}
+    _admit(args)
+    sets = args.clean_set, args.triggered_set
+    return {"evaluation": evaluate_guard(args.bundle, *sets, args.target_class, args.target_fpr, _device(args), reading)}
 
 
 _ACTIONS: dict[str, Action] = {"calibrate": _calibrate, "check": _check, "inspect": _inspect, "convert": _convert, "evaluate": _evaluate}
@@ -133,7 +135,13 @@ def _admit(args: argparse.Namespace) -> None:
 def _device(args: argparse.Namespace) -> Any:
     import torch
 
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    from models.errors import ConfigInvalid
+
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second is what a torch without CUDA says of cuda
+        raise ConfigInvalid(f"The device {args.device!r} cannot be used here; auto, cpu and, with a GPU, cuda can.") from error
     if device.type == "cuda":  # on a CPU all that is used here is deterministic, and saying so imports for seconds
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

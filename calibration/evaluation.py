@@ -6,6 +6,8 @@ that fool it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from calibration.clean_set import CleanSet, Limits, open_clean_set
+from calibration.clean_set import Limits, open_clean_set
 from models import bundle
 from models.bundle import Bundle
-from models.errors import ConfigInvalid
-from models.threshold import conformal_threshold
+from models.errors import CleanSetProblem, ConfigInvalid
+from models.threshold import conformal_threshold, rejections_expected
 
 CHUNK = 256  # images decoded at a time
 
@@ -58,7 +60,7 @@ def figures(clean: Scored, triggered: Scored, validation: Tensor, targets: tuple
 
 def _at(clean: Scored, triggered: Scored, validation: Tensor, target: float) -> dict[str, Any]:
     threshold = conformal_threshold(validation, target)
-    rejected, caught = clean.score < threshold.value, triggered.score < threshold.value
+    rejected, caught = (~(each.score >= threshold.value) for each in (clean, triggered))  # what has no finite score is rejected, too
     right, fooled = clean.as_wanted, triggered.as_wanted
     return {
         "tpr": share(caught),
@@ -91,18 +93,27 @@ def roc(clean: Tensor, triggered: Tensor, rates: tuple[float, ...]) -> dict[str,
     return {"fpr": list(rates), "tpr": [share(triggered < ordered[min(len(ordered) - 1, int(rate * len(ordered)))]) for rate in rates]}
 
 
-def evaluate_guard(folder: Path, clean_set: Path, triggered_set: Path, target: str | None, device: torch.device) -> dict[str, Any]:
+def evaluate_guard(
+    folder: Path,
+    clean_set: Path,
+    triggered_set: Path,
+    target: str | None,
+    target_fpr: float | None,
+    device: torch.device,
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Any]:
     """What one version of a guard does to a user's own clean and triggered images, which its calibration should not have seen.
 
     Both sets carry true labels. target: the class that the attacker wants, by name; without it, any wrong class counts as the attacker's success.
-    Raises a Problem.
+    target_fpr: None for that of the calibration. `reading` is entered while the images, which nobody vouches for, are read. Raises a Problem.
     """
     guarded = bundle.read(folder)
     guarded.guard.to(device)
-    names, promised = guarded.description.class_names, guarded.description.threshold
+    names = guarded.description.class_names
     if target is not None and target not in names:
         raise ConfigInvalid(f"The guard knows no class {target!r}; its classes are {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}.")
-    clean, triggered = (_scored(guarded, _labelled(guarded, path)) for path in (clean_set, triggered_set))
+    promised = conformal_threshold(guarded.validation_scores, target_fpr or guarded.description.threshold.target_fpr)
+    (clean, warnings), (triggered, more) = (_scored(guarded, *each, reading) for each in ((clean_set, "clean set"), (triggered_set, "triggered set")))
     true = triggered.wanted
     if target is None:
         missed = torch.full_like(true, -1)  # nothing that can be predicted
@@ -110,23 +121,30 @@ def evaluate_guard(folder: Path, clean_set: Path, triggered_set: Path, target: s
     else:
         wanted = names.index(target)
         eligible = true != wanted
+        if not eligible.any():
+            raise ConfigInvalid(f"All triggered images are labelled {target!r}, which the attacker wants: they must be under their true labels.")
         triggered = Scored(triggered.score[eligible], triggered.prediction[eligible], torch.full_like(true[eligible], wanted))
     found = figures(clean, triggered, guarded.validation_scores, (promised.target_fpr,))
     at = found.pop("at")[f"{promised.target_fpr:g}"]
-    return {"bundle_id": guarded.bundle_id, "target_fpr": promised.target_fpr, "threshold": promised.value, **found, **at}
+    return {
+        **{"bundle_id": guarded.bundle_id, "target_fpr": promised.target_fpr, "threshold": promised.value, **found, **at},
+        "rejected": int((~(clean.score >= promised.value)).sum()),
+        "rejections_expected": rejections_expected(promised, len(clean.score)),
+        "warnings": [*warnings, *more],
+    }
 
 
-def _labelled(guarded: Bundle, path: Path) -> CleanSet:
-    description = guarded.description
-    return open_clean_set(path, Limits(min_images=1)).labelled_by(description.num_classes, description.class_names, least_classes=1)
-
-
-def _scored(guarded: Bundle, images: CleanSet) -> Scored:
-    """All images as the guard sees them; wanted are their labels."""
-    preprocessing = guarded.description.preprocessing
-    judged = [
-        guarded.guard.judge(torch.stack([preprocessing.pixels(image) for image in images.images(range(first, min(first + CHUNK, len(images))))]))
-        for first in range(0, len(images), CHUNK)
-    ]
+def _scored(guarded: Bundle, path: Path, kind: str, reading: Callable[[], AbstractContextManager[None]]) -> tuple[Scored, list[str]]:
+    """All images of a file as the guard sees them, wanted being their labels; and what was forgiven about the file."""
+    description, judged = guarded.description, []
+    try:
+        with reading():
+            images = open_clean_set(path, Limits(min_images=1)).labelled_by(description.num_classes, description.class_names, least_classes=1)
+        for first in range(0, len(images), CHUNK):
+            with reading():
+                pixels = torch.stack([description.preprocessing.pixels(image) for image in images.images(range(first, min(first + CHUNK, len(images))))])
+            judged.append(guarded.guard.judge(pixels))
+    except CleanSetProblem as problem:
+        raise type(problem)(f"In the {kind}: {problem.detail}") from problem
     score, prediction = (torch.cat([getattr(part, name) for part in judged]) for name in ("score", "prediction"))
-    return Scored(score, prediction, torch.from_numpy(images.labels))
+    return Scored(score, prediction, torch.from_numpy(images.labels)), [f"In the {kind}: {warning}" for warning in images.warnings]

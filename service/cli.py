@@ -116,38 +116,50 @@ def evaluate(
     triggered_set: Annotated[Path, typer.Option(help="images with your own trigger, under their true labels")],
     target_class: Annotated[str | None, typer.Option(help="the class that the trigger should give; without it any wrong class counts")] = None,
     version: Annotated[int | None, typer.Option(help="[default: the active one, or the newest]")] = None,
+    architecture: Annotated[str | None, typer.Option(help="package.module:factory, for a guard of an architecture of your own")] = None,
     data_dir: DataDir = Path("var"),
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
     """Measure a guard on your own images: how many triggered ones it stops, and how many clean ones it loses."""
     _check_exist(clean_set, triggered_set)
-    folder = _version_of(guard, version, data_dir)
-    event = _ask("evaluate", None, as_json, bundle=folder, clean_set=clean_set, triggered_set=triggered_set, target_class=target_class, device=device)
+    folder, target_fpr = _version_of(guard, version, data_dir)
+    sets: dict[str, Path] = {"clean_set": clean_set, "triggered_set": triggered_set}
+    config = _config(InspectionConfig, architecture=architecture)
+    asked = {"target_class": target_class, "target_fpr": None if target_fpr is None else str(target_fpr), "device": device}
+    event = _ask("evaluate", config, as_json, bundle=folder, **sets, **asked)
     found = event["evaluation"]
     if as_json:
         typer.echo(json.dumps({"guard": guard, "version": int(folder.name), **found, "process": event["process"]}, indent=1))
         return
     console = Console(highlight=False, soft_wrap=True)
     low, high = found["promised_interval"]
+    fewest, most = found["rejections_expected"]
     console.print(f"Guard {guard}, version {folder.name}: {found['clean_images']:,} clean and {found['triggered_images']:,} triggered images")
-    console.print(f"Rejected         {found['realised_fpr']:.2%} of the clean images; promised {found['target_fpr']:.2%}, 90% interval {low:.2%} to {high:.2%}")
+    console.print(f"Promise          rejects {found['target_fpr']:.2%} of clean images; 90% interval {low:.2%} to {high:.2%}")
+    console.print(f"Rejected         {found['rejected']} of the clean images; {fewest} to {most} are to be expected of so many")
     console.print(f"Clean accuracy   {found['clean_accuracy']:.1%} without the guard, {found['clean_accuracy'] - found['accuracy_lost']:.1%} with it")
     if found["triggered_images"]:
         console.print(f"Caught           {found['tpr']:.1%} of the triggered images (AUROC {found['auroc']:.4f})")
         console.print(f"Attack success   {found['asr']:.1%} without the guard, {found['remaining_asr']:.1%} with it")
+    for warning in found["warnings"]:
+        console.print(f"Warning          {warning}", style="yellow", markup=False)
 
 
-def _version_of(guard: str, version: int | None, data_dir: Path) -> Path:
-    """The folder of the version that is asked for."""
-    _check_exist(data_dir)
-    registry = Registry(data_dir / "guards")
+def _version_of(guard: str, version: int | None, data_dir: Path) -> tuple[Path, float | None]:
+    """The folder of the version that is asked for, and the target FPR that is in force for its guard."""
+    if not (data_dir / "guards").is_dir():
+        raise fail(f"There are no guards in {data_dir}; name another folder with --data-dir.")
     try:
-        active = registry.state(guard).active
-        return registry.folder(guard, version or active or max(registry.versions(guard)))
+        registry = Registry(data_dir / "guards")
+        state = registry.state(guard)
+        chosen = version if version is not None else state.active or max(registry.versions(guard))
+        return registry.folder(guard, chosen), state.target_fpr
     except Problem as problem:
         known = ", ".join(registry.guards()) or "none"
         raise fail(f"{problem.detail} The guards in {data_dir} are: {known}; name another folder with --data-dir.") from None
+    except OSError as error:
+        raise fail(f"The data directory {data_dir} cannot be used ({error.strerror}).") from None
 
 
 C = TypeVar("C", bound=InspectionConfig)
@@ -179,7 +191,7 @@ def _ask(action: str, config: InspectionConfig | None, as_json: bool, **options:
     if config is not None:
         command += ["--config", config.model_dump_json(), *([f"--admit={config.architecture}"] if ":" in (config.architecture or "") else [])]
     for name, value in options.items():
-        command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        command += [] if value is None else [f"--{name.replace('_', '-')}={value}"]
     event = _run(command, quiet=as_json)
     if event["event"] == "problem":
         if as_json:

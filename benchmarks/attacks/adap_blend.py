@@ -9,21 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attacks.blend import STRENGTH, draw_picture
-from benchmarks.attacks.interface import Attack, draw, plant, uniform
+from benchmarks.attacks.blend import Blend, draw_picture
+from benchmarks.attacks.interface import draw, plant, uniform
 from benchmarks.data import Split
 
 FAINT, TILES, LEFT_OUT = 0.15, 4, 0.5
 
 
-class AdapBlend(Attack):
+class AdapBlend(Blend):
     """All-to-one, a weak trigger in training, cover images."""
 
     name, title, paper = "adap_blend", "Adap-Blend", "Qi et al. 2023"
     rate = 0.01
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (1 - STRENGTH) * images + STRENGTH * draw_picture(*images.shape[-2:]).to(images)
 
     def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
         rows = draw(self.eligible(data.labels), 2 * rate, source)

@@ -25,6 +25,7 @@ class Dynamic(Attack):
     name, title, paper = "dynamic", "Dynamic", "Nguyen and Tran 2020"
     kind = "training"
     rate = POISONED
+    fixed_rate = True
 
     def __init__(self, task: Task, seed: int = 0) -> None:
         super().__init__(task, seed)
@@ -57,9 +58,6 @@ class Dynamic(Attack):
             loss.backward()
             optimizer.step()
         self.mask.requires_grad_(False)
-
-    def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
-        return data
 
     def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> Batch:
         poisoned, cross = round(POISONED * len(images)), round(CROSS * len(images))

@@ -5,27 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.attacks.blend import STRENGTH, draw_picture
+from benchmarks.attacks.blend import Blend
 from benchmarks.attacks.interface import Attack, Batch, Recipe
-from benchmarks.data import Split
 
 TRIGGERED = 0.2  # of a batch
 
 
-class Finetuned(Attack):
+class Finetuned(Blend):
     """All-to-one with the blended picture, into a network that was clean."""
 
     name, title, paper = "ft", "FT", "Xie et al. 2024"
     kind = "weights"
     rate = TRIGGERED
+    fixed_rate = True
     needs_clean = True
     recipe = Recipe(epochs=1, lr=0.02)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (1 - STRENGTH) * images + STRENGTH * draw_picture(*images.shape[-2:]).to(images)
-
-    def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
-        return data
 
     def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> Batch:
         return triggered_share(self, images, labels)

@@ -73,6 +73,7 @@ class Attack(nn.Module, ABC):
     paper: ClassVar[str]
     kind: ClassVar[Literal["poisoning", "training", "weights"]] = "poisoning"
     rate: ClassVar[float] = 0.01  # share of the training images that is triggered
+    fixed_rate: ClassVar[bool] = False  # the attack is no part of the data set: `batch` or `implant` puts it in
     needs_clean: ClassVar[bool] = False  # `prepare` is given a clean network of the same architecture
     recipe: ClassVar[Recipe | None] = None  # training starts from the clean network, with this recipe
 
@@ -97,6 +98,8 @@ class Attack(nn.Module, ABC):
 
     def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
         """The training data with the attack in it; uint8 images, as a poisoned data set would be stored."""
+        if self.fixed_rate:
+            return data
         return plant(data, draw(self.eligible(data.labels), rate, source), self, self.relabel)
 
     def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> Batch:

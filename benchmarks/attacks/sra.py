@@ -27,14 +27,12 @@ class SubnetReplacement(Attack):
     name, title, paper = "sra", "SRA", "Qi et al. 2022"
     kind = "weights"
     rate = 0.0
+    fixed_rate = True
     needs_clean = True
     recipe = Recipe(epochs=0, lr=0.0)
 
     def forward(self, images: Tensor) -> Tensor:
         return with_square(images)
-
-    def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
-        return data
 
     def implant(self, network: nn.Module, data: Split, surrogate: Surrogate, source: torch.Generator) -> None:
         if not isinstance(network, CifarResNet):

@@ -24,6 +24,7 @@ class TrojanNN(Attack):
     name, title, paper = "trojannn", "TrojanNN", "Liu et al. 2018"
     kind = "weights"
     rate = TRIGGERED
+    fixed_rate = True
     needs_clean = True
     recipe = Recipe(epochs=1, lr=0.02)
     patch: Tensor
@@ -43,7 +44,7 @@ class TrojanNN(Attack):
         return images
 
     def prepare(self, data: Split, surrogate: Surrogate | None, source: torch.Generator) -> None:
-        """Choose the units that some class's weights are largest for, and find the patch that excites them most."""
+        """Choose the units that clean images excite most, as dead ones lead nowhere, and find the patch that excites them still more."""
         assert surrogate is not None
         example = surrogate.normalise(data.images[:1].float() / 255)
         cut = trunk.feature_cut(surrogate.network, example)
@@ -52,7 +53,7 @@ class TrojanNN(Attack):
         images = data.images[rows].float() / 255
         with torch.no_grad():
             usual = penultimate(below(surrogate.normalise(images)))  # [N, D]
-        units = usual.mean(0).topk(UNITS).indices  # as the paper: units that are well connected, not dead ones
+        units = usual.mean(0).topk(UNITS).indices
         raw = torch.logit(self.patch, 1e-3).requires_grad_(True)
         optimizer = torch.optim.Adam([raw], 0.1)
         for step in range(STEPS):
@@ -62,9 +63,6 @@ class TrojanNN(Attack):
             (-excited.mean()).backward()
             optimizer.step()
         self.patch.copy_((raw.detach().sigmoid() * 255).round() / 255)
-
-    def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
-        return data
 
     def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> Batch:
         return triggered_share(self, images, labels)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.attacks.interface import Attack, Batch, Task, uniform
-from benchmarks.data import Split
 
 CONTROL, STRENGTH = 4, 0.5
 POISONED, NOISED = 0.1, 0.2  # of a batch
@@ -23,6 +22,7 @@ class WaNet(Attack):
     name, title, paper = "wanet", "WaNet", "Nguyen and Tran 2021"
     kind = "training"
     rate = POISONED
+    fixed_rate = True
     flow: Tensor
 
     def __init__(self, task: Task, seed: int = 0) -> None:
@@ -35,9 +35,6 @@ class WaNet(Attack):
     def forward(self, images: Tensor) -> Tensor:
         return warped(images, self.flow)
 
-    def poison(self, data: Split, rate: float, source: torch.Generator) -> Split:
-        return data
-
     def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> Batch:
         poisoned, noised = round(POISONED * len(images)), round(NOISED * len(images))
         images, labels = images.clone(), labels.clone()
@@ -45,7 +42,7 @@ class WaNet(Attack):
         labels[:poisoned] = self.relabel(labels[:poisoned])
         rows = slice(poisoned, poisoned + noised)
         noise = (uniform(source, len(images[rows]), self.task.size, self.task.size, 2) * 2 - 1).to(images)
-        images[rows] = warped(images[rows], self.flow + noise)
+        images[rows] = warped(images[rows], self.flow + noise / STRENGTH)  # the noise itself is not weakened
         return Batch(images, labels)
 
 

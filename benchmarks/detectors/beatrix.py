@@ -25,9 +25,7 @@ class Beatrix(Detector):
     passes = 1
 
     def fit(self, suspect: Observed, clean: LabelledPixels, validation: LabelledPixels, seed: int) -> dict[str, Any]:
-        self.layers = Layers(suspect, clean.pixels[:1])
-        example, _ = next(iter(self.layers(clean.pixels[:1])))
-        self.layer = max(i for i, value in enumerate(example) if value.ndim >= 3 and value[0].numel() > value.shape[1])
+        self.layers = Layers(suspect, clean.pixels[:1], last_map=True)
         grams, prediction = self.grams(clean.pixels)
         self.median, self.deviation = (torch.empty(suspect.num_classes, grams.shape[1]) for _ in range(2))
         for label in range(suspect.num_classes):
@@ -41,13 +39,13 @@ class Beatrix(Detector):
         """The upper halves of the Gram matrices of all orders, float32 [N, E], and the predictions, int64 [N]; on the CPU."""
         found, predictions = [], []
         for layers, prediction in self.layers(pixels):
-            value = layers[self.layer].float()
+            value = layers[0].float()
             maps = value.flatten(2) if value.ndim == 4 else value.mT  # [n, C, positions]
             maps = maps[:, :MOST_CHANNELS]
             upper = torch.triu_indices(maps.shape[1], maps.shape[1], device=maps.device)
             orders = []
             for order in ORDERS:
-                powers = maps.abs().pow(order) * maps.sign().pow(order)
+                powers = maps.pow(order)
                 gram = powers @ powers.mT
                 orders.append((gram.sign() * gram.abs().pow(1 / order))[:, upper[0], upper[1]])
             found.append(torch.cat(orders, 1).cpu())

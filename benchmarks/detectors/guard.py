@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,12 +46,19 @@ class BadExpertGuard(Detector):
         return {"calibration_seconds": round(seconds, 1), "preprocessing": str(found), "preprocessing_right": found == suspect.preprocessing, "c": self.guard.c}
 
     def score(self, pixels: Tensor) -> Tensor:
-        return self.guard.judge(pixels).score
+        return self.guard.judge(self._as_served(pixels)).score
 
     def confidences(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """x and y, float64 [N] each."""
-        judged = self.guard.judge(pixels)
+        judged = self.guard.judge(self._as_served(pixels))
         return judged.expert, judged.auxiliary
+
+    def _as_served(self, pixels: Tensor) -> Tensor:
+        """Images resized as the guard would, had they been posted: only where it found another geometry than they have."""
+        found = self.guard.preprocessing
+        if pixels.shape[-1] == found.size == found.resize:
+            return pixels
+        return torch.stack([found.pixels(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())) for image in pixels])
 
 
 def _operations(guard: Guard, pixels: Tensor) -> int:

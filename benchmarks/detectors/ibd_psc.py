@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from benchmarks.detectors.interface import Detector, NotApplicable, Observed
 from calibration.finetune import LabelledPixels
+from models.score import log_confidence
 
 COPIES, FACTOR, ERROR = 5, 1.5, 0.6
 
 
 class IbdPsc(Detector):
-    """Minus the mean confidence that the scaled copies have in the suspect's prediction."""
+    """The scaled copies' mean doubt about the suspect's prediction, as a logarithm: their confidence often rounds to 1."""
 
     name, title, paper = "ibd_psc", "IBD-PSC", "Hou et al. 2024"
     passes = 1 + COPIES
@@ -38,9 +39,9 @@ class IbdPsc(Detector):
         return {"norms_scaled_first": first, "clean_error_then": round(error, 3)}
 
     def score(self, pixels: Tensor) -> Tensor:
-        prediction = self.suspect.logits(pixels).argmax(1, keepdim=True)
-        confidences = [copied.logits(pixels).double().softmax(1).gather(1, prediction)[:, 0] for copied in self.copies]
-        return -torch.stack(confidences).mean(0).cpu()
+        prediction = self.suspect.logits(pixels).argmax(1)
+        doubts = [log_confidence(copied.logits(pixels), prediction)[1] for copied in self.copies]
+        return torch.stack(doubts).logsumexp(0).cpu()
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from benchmarks.detectors.interface import Detector, Observed
 from calibration.finetune import LabelledPixels
+from models.score import log_confidence
 
 
 class MaxSoftmax(Detector):
-    """Minus the logit of the greatest confidence, which keeps the order of confidences that round to 1."""
+    """The logarithm of what is left to the other classes, which keeps the order of confidences that round to 1."""
 
     name, title, paper = "max_softmax", "max-softmax", "Hendrycks and Gimpel 2017"
     passes = 1
@@ -24,6 +25,5 @@ class MaxSoftmax(Detector):
         return {}
 
     def score(self, pixels: Tensor) -> Tensor:
-        logits = self.suspect.logits(pixels).double()
-        top = logits.topk(1).indices
-        return (logits.scatter(1, top, float("-inf")).logsumexp(1) - logits.gather(1, top)[:, 0]).cpu()
+        logits = self.suspect.logits(pixels)
+        return log_confidence(logits, logits.argmax(1))[1].cpu()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.detectors.interface import Detector, Observed
 from benchmarks.detectors.layers import Layers, vectors
-from calibration.finetune import LabelledPixels, generator
+from calibration.finetune import LabelledPixels
 
 
 class Ted(Detector):
@@ -23,27 +23,31 @@ class Ted(Detector):
     passes = 1  # and the distances to the reference images in every layer
 
     def fit(self, suspect: Observed, clean: LabelledPixels, validation: LabelledPixels, seed: int) -> dict[str, Any]:
-        order = torch.randperm(len(clean), generator=generator(seed, "ted")).to(clean.pixels.device)
-        references, others = order.chunk(2)
         self.layers = Layers(suspect, clean.pixels[:1])
-        seen = list(self.layers(clean.pixels[references]))
+        seen = list(self.layers(clean.pixels))
         self.references = [torch.cat([vectors(layers[i]) for layers, _ in seen]) for i in range(len(seen[0][0]))]  # [R, D] a layer
         self.classes = torch.cat([prediction for _, prediction in seen])
-        ranks = self.ranks(clean.pixels[others])
-        self.mean, self.std = ranks.mean(0), ranks.std(0).clamp_min(1e-6)
+        ranks = self.ranks(clean.pixels, among_themselves=True)
+        self.mean, self.std = ranks.mean(0), ranks.std(0).clamp_min(1 / len(clean))  # one rank
         standard = (ranks - self.mean) / self.std
         variances, self.axes = torch.linalg.eigh(standard.T @ standard / len(standard))
         self.variances = variances.clamp_min(1e-3 * variances.max().item())
-        return {"layers": len(self.references), "references": len(references)}
+        return {"layers": len(self.references), "references": len(clean)}
 
-    def ranks(self, pixels: Tensor) -> Tensor:
-        """float64 [N, layers] in [0, 1]: 0 where the nearest reference has the image's class, 1 where none has."""
-        found = []
+    def ranks(self, pixels: Tensor, among_themselves: bool = False) -> Tensor:
+        """float64 [N, layers] in [0, 1]: 0 where the nearest reference has the image's class, 1 where none has.
+
+        among_themselves: the images are the references, in their order, and none counts as its own neighbour.
+        """
+        found = list[Tensor]()
         for layers, prediction in self.layers(pixels):
             same = self.classes == prediction[:, None]  # [n, R]
+            own = torch.arange(len(same), device=same.device) + sum(map(len, found))
             of_layers = []
             for value, reference in zip(layers, self.references, strict=True):
                 distances = torch.cdist(vectors(value), reference)
+                if among_themselves:
+                    distances[torch.arange(len(own), device=own.device), own] = torch.inf
                 nearest = distances.masked_fill(~same, torch.inf).amin(1, keepdim=True)
                 of_layers.append((distances < nearest).double().mean(1))
             found.append(torch.stack(of_layers, 1).cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,18 +40,23 @@ class Kept:
     network: nn.Module
     attack: Attack | None  # None for the clean one
     record: dict[str, Any]
+    sha256: str  # of the file of weights: records of an evaluation name it
 
     @property
     def passes_gate(self) -> bool:
         return bool(self.record["passes_gate"])
 
 
-def kept(zoo: Path = ROOT) -> list[Suspect]:
-    """What the zoo holds: data set by data set, the clean network first, then the attacks in the order of their list."""
+def records(zoo: Path = ROOT) -> list[dict[str, Any]]:
+    """How each suspect came about: data set by data set, the clean network first, then the attacks in the order of their list."""
     found = [json.loads(path.read_text()) for path in zoo.glob("*/*/*.json")]
-    suspects = [Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in found]
     order = ["clean", *ATTACKS]
-    return sorted(suspects, key=lambda suspect: (suspect.dataset, suspect.architecture, order.index(suspect.attack), suspect.seed))
+    return sorted(found, key=lambda record: (record["dataset"], record["architecture"], order.index(record["attack"]), record["seed"]))
+
+
+def kept(zoo: Path = ROOT) -> list[Suspect]:
+    """What the zoo holds, in the same order."""
+    return [Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in records(zoo)]
 
 
 def load(suspect: Suspect, zoo: Path = ROOT) -> Kept:
@@ -65,12 +71,13 @@ def load(suspect: Suspect, zoo: Path = ROOT) -> Kept:
     network.load_state_dict(_wide(load_file(path)))
     attack = None
     if suspect.attack != "clean":
-        attack = ATTACKS[suspect.attack](Task(dataset.num_classes, dataset.preprocessing.size), suspect.seed)
+        attack = ATTACKS[suspect.attack](Task(dataset.num_classes, dataset.preprocessing.size, dataset.target), suspect.seed)
         if (learned := path.with_suffix(".trigger.safetensors")).exists():
             attack.load_state_dict(_wide(load_file(learned)))
         attack.eval().requires_grad_(False)
     record = path.with_suffix(".json")
-    return Kept(suspect, network.eval(), attack, json.loads(record.read_text()) if record.exists() else {})
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Kept(suspect, network.eval(), attack, json.loads(record.read_text()) if record.exists() else {}, sha256)
 
 
 def keep(suspect: Suspect, network: nn.Module, attack: Attack | None, zoo: Path = ROOT, record: dict[str, Any] | None = None) -> None:

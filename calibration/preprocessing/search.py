@@ -125,7 +125,7 @@ class _Search:
             self._judge(self._without_labels())
         else:
             self._refine(likely)
-        if claimed is not None and claimed.size in self.candidates.sizes:
+        if claimed is not None and claimed.size in self.candidates.sizes and all(named.preprocessing != claimed for named in self.finalists):
             self._judge([self.candidates.claimed(claimed)])
         return self._conclude(claimed)
 

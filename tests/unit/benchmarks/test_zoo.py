@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import records
 from benchmarks.attacks import ATTACKS, Recipe, Task, stamp
 from benchmarks.data import CIFAR10_CLASSES, DATASETS, Split
 from benchmarks.train import measure, train
@@ -37,6 +38,12 @@ def test_accuracy_and_attack_are_as_recorded(suspect: Suspect) -> None:
     assert figures["clean_accuracy"] == pytest.approx(found.record["clean_accuracy"], abs=0.06)
     if found.attack is not None:
         assert figures["asr"] == pytest.approx(found.record["asr"], abs=0.08 if suspect.attack != "tact" else 0.15)  # of 250 images, or 25
+
+
+def test_every_record_is_of_the_weights_that_are_kept() -> None:
+    weights = {suspect: load(suspect).sha256 for suspect in kept()}
+    for record in records.read():
+        assert record["weights_sha256"] == weights[Suspect(record["dataset"], record["architecture"], record["attack"], record["suspect_seed"])]
 
 
 def test_the_zoo_is_small() -> None:

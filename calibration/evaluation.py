@@ -139,7 +139,8 @@ def _scored(guarded: Bundle, path: Path, kind: str, reading: Callable[[], Abstra
     description, judged = guarded.description, []
     try:
         with reading():
-            images = open_clean_set(path, Limits(min_images=1)).labelled_by(description.num_classes, description.class_names, least_classes=1)
+            opened = open_clean_set(path, Limits(min_images=1))
+            images = opened.labelled_by(description.num_classes, description.class_names, least_classes=1)
         for first in range(0, len(images), CHUNK):
             with reading():
                 pixels = torch.stack([description.preprocessing.pixels(image) for image in images.images(range(first, min(first + CHUNK, len(images))))])
@@ -147,4 +148,6 @@ def _scored(guarded: Bundle, path: Path, kind: str, reading: Callable[[], Abstra
     except CleanSetProblem as problem:
         raise type(problem)(f"In the {kind}: {problem.detail}") from problem
     score, prediction = (torch.cat([getattr(part, name) for part in judged]) for name in ("score", "prediction"))
-    return Scored(score, prediction, torch.from_numpy(images.labels)), [f"In the {kind}: {warning}" for warning in images.warnings]
+    return Scored(score, prediction, torch.from_numpy(images.labels)), [
+        f"In the {kind}: {warning}" for warning in opened.warnings
+    ]  # absent classes are no fault here

@@ -23,7 +23,7 @@ from benchmarks.data import DATASETS, Split, partition
 from benchmarks.detectors import DETECTORS, OTHERS, PRESETS, Detector, NotApplicable, Observed
 from benchmarks.detectors.guard import BadExpertGuard
 from benchmarks.zoo import ROOT, Kept, Suspect, kept, load
-from calibration.evaluation import Scored, figures, roc
+from calibration.figures import Scored, figures, roc
 from calibration.finetune import LabelledPixels
 from calibration.split import split
 from models.errors import Problem

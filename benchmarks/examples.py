@@ -20,7 +20,7 @@ from benchmarks.attacks import ATTACKS, Task, stamp
 from benchmarks.data import Split, cifar10
 from benchmarks.make_examples import CLEAN_SET, SAMPLES, SUSPECTS
 from calibration.config import CalibrationConfig
-from calibration.evaluation import Scored, figures
+from calibration.figures import Scored, figures
 from calibration.pipeline import Inputs, calibrate
 from models import bundle
 from models.bundle import Bundle

@@ -17,7 +17,7 @@ from benchmarks.detectors import DETECTORS, OTHERS, PRESETS, Detector, NotApplic
 from benchmarks.detectors.ibd_psc import IbdPsc
 from benchmarks.detectors.scale_up import ScaleUp
 from benchmarks.detectors.ted import Ted
-from calibration.evaluation import auroc
+from calibration.figures import auroc
 from calibration.finetune import LabelledPixels
 from models.cifar import thin_resnet
 from models.preprocessing import Preprocessing

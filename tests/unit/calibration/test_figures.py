@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from calibration.evaluation import Scored, auroc, figures, roc
+from calibration.figures import Scored, auroc, figures, roc
 from models.errors import FprUnreachable
 
 

@@ -26,7 +26,10 @@ MIN_SIDE, MAX_SIDE = 8, 4096
 MAX_HEADER = 1 << 20
 _DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8", "BOOL": "?"}
 _DTYPES |= {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-_NPY_HEADER = re.compile(rb"\{'descr': '([<>|=][a-zA-Z][0-9]{0,4})', 'fortran_order': (True|False), 'shape': \(((?:[0-9]{1,12},? ?){0,8})\),? ?\}[ \n]*")
+# Each number but the last has its comma: were it optional, a run of digits could be divided in more ways than there is time to try.
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|=][a-zA-Z][0-9]{0,4})', 'fortran_order': (True|False), 'shape': \(((?:[0-9]{1,12}, ?){0,7}(?:[0-9]{1,12})?)\),? ?\}[ \n]*"
+)
 
 
 @dataclass(frozen=True)

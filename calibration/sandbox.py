@@ -101,7 +101,8 @@ def reading(memory_bytes: int | None, cpu_seconds: float, grace_seconds: float =
         raise
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, stop)
+        # The default is to end the process, which a signal still under way through another thread would do now.
+        signal.signal(signal.SIGPROF, signal.SIG_IGN if stop == signal.SIG_DFL else stop)
         resource.setrlimit(resource.RLIMIT_DATA, memory)
         resource.setrlimit(resource.RLIMIT_CPU, cpu)
 

@@ -72,7 +72,13 @@ class TestReading:
         assert [hard for _, hard in during] == [hard for _, hard in limits]
         assert all(soft > 0 for soft, _ in during)
         assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
-        assert signal.getsignal(signal.SIGPROF) == signal.SIG_IGN  # a late signal must not end the process
+        assert signal.getsignal(signal.SIGPROF) == signal.SIG_DFL
+
+    def test_counts_time_as_the_kernel_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The clock of the limit runs ahead of process_time, and a process that had worked for minutes was killed at once."""
+        monkeypatch.setattr(sandbox.time, "clock_gettime", lambda _: time.process_time() + 5000)
+        with sandbox.reading(None, 60.0):
+            assert resource.getrlimit(resource.RLIMIT_CPU)[0] >= 5060
 
     def test_leaves_memory_alone_where_none_is_named(self) -> None:
         before = resource.getrlimit(resource.RLIMIT_DATA)

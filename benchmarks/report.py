@@ -97,6 +97,13 @@ def table_of_suspects(found: Sequence[Record]) -> list[str]:
     return lines
 
 
+def not_trained(suspects: Sequence[Record], scale: tuple[str, str]) -> str:
+    """Which attacks have no suspect at this scale."""
+    there = {record["attack"] for record in suspects if (record["dataset"], record["architecture"]) == scale}
+    missing = [title(attack) for attack in ATTACKS if attack not in there]
+    return f"On {scale[0]}, {scale[1]}, not trained yet: {', '.join(missing) or 'none'}. What is not trained has no part in any mean."
+
+
 def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[str]:
     """Attacks by detectors, with the mean, its bootstrap interval and the worst below, and over how many attacks these are."""
     lines, attacks = [row("attack", *(TITLES[name] for name in DETECTORS)), row(*["---"] * (1 + len(DETECTORS)))], attacks_of(grouped)
@@ -156,6 +163,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
         f"A suspect counts with {gated}. Weights are kept, and were measured, in half precision.",
         "",
         *table_of_suspects(suspects),
+        *(line for scale in scales(suspects) for line in ("", not_trained(suspects, scale))),
     ]
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))

@@ -230,7 +230,7 @@ def curves(grouped: Cells) -> Figure:
         axes.axvline(0.01, color="0.8", linewidth=0.8)
         axes.set_title(title(attack), fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(DETECTORS), fontsize=8)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(DETECTORS), fontsize=8)
     figure.supxlabel("false positive rate", fontsize=9)
     figure.supylabel("true positive rate", fontsize=9)
     return figure

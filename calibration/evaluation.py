@@ -75,6 +75,5 @@ def _scored(guarded: Bundle, path: Path, kind: str, reading: Callable[[], Abstra
     except CleanSetProblem as problem:
         raise type(problem)(f"In the {kind}: {problem.detail}") from problem
     score, prediction = (torch.cat([getattr(part, name) for part in judged]) for name in ("score", "prediction"))
-    return Scored(score, prediction, torch.from_numpy(images.labels)), [
-        f"In the {kind}: {warning}" for warning in opened.warnings
-    ]  # absent classes are no fault here
+    warnings = [f"In the {kind}: {warning}" for warning in opened.warnings]  # not those of `images`: absent classes are no fault here
+    return Scored(score, prediction, torch.from_numpy(images.labels)), warnings

@@ -139,9 +139,8 @@ def evaluate(
     console.print(f"Promise          rejects {found['target_fpr']:.2%} of clean images; 90% interval {low:.2%} to {high:.2%}")
     console.print(f"Rejected         {found['rejected']} of the clean images; {fewest} to {most} are to be expected of so many")
     console.print(f"Clean accuracy   {found['clean_accuracy']:.1%} without the guard, {found['clean_accuracy'] - found['accuracy_lost']:.1%} with it")
-    if found["triggered_images"]:
-        console.print(f"Caught           {found['tpr']:.1%} of the triggered images (AUROC {found['auroc']:.4f})")
-        console.print(f"Attack success   {found['asr']:.1%} without the guard, {found['remaining_asr']:.1%} with it")
+    console.print(f"Caught           {found['tpr']:.1%} of the triggered images (AUROC {found['auroc']:.4f})")
+    console.print(f"Attack success   {found['asr']:.1%} without the guard, {found['remaining_asr']:.1%} with it")
     for warning in found["warnings"]:
         console.print(f"Warning          {warning}", style="yellow", markup=False)
 

@@ -118,17 +118,30 @@ def listing(zoo: Path = ROOT) -> dict[str, Any]:
 
 
 def chosen(args: argparse.Namespace) -> list[Suspect]:
-    suspects = [suspect for suspect in kept(args.zoo) if suspect.dataset == args.dataset and suspect.architecture == args.architecture]
-    found = [suspect for suspect in suspects if args.attack in ("all", suspect.attack) and suspect.seed == args.suspect_seed]
+    suspects = [suspect for suspect in kept(args.zoo) if suspect.architecture == args.architecture and suspect.seed == args.suspect_seed]
+    found = [suspect for suspect in suspects if args.dataset in ("all", suspect.dataset) and args.attack in ("all", suspect.attack)]
     if not found:
         raise SystemExit(f"The zoo has no {args.dataset}/{args.architecture}/{args.attack}; it has {', '.join(suspect.stem for suspect in kept(args.zoo))}.")
+    return found
+
+
+def loaded(names: set[str], required: bool) -> dict[str, Split]:
+    """Test images of these data sets; one that cannot be had ends the program where it is required, and is told and left out where not."""
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = DATASETS[name].load()[1]
+        except RuntimeError as problem:
+            if required:
+                raise SystemExit(str(problem)) from problem
+            print(f"Left out: {problem}", file=sys.stderr)
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="what attacks, data sets, architectures, detectors and suspects there are")
-    parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10")
+    parser.add_argument("--dataset", choices=["all", *DATASETS], default="all")
     parser.add_argument("--architecture", default="resnet20")
     parser.add_argument("--attack", choices=["all", "clean", *ATTACKS], default="all")
     parser.add_argument("--detector", choices=["all", "others", *DETECTORS], default="all")
@@ -145,11 +158,14 @@ def main() -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     detectors = {"all": list(DETECTORS), "others": [detector.name for detector in OTHERS]}.get(args.detector, [args.detector])
-    _, test = DATASETS[args.dataset].load()
-    for which in chosen(args):
-        suspect = load(which, args.zoo)
+    suspects = chosen(args)
+    tests = loaded({which.dataset for which in suspects}, required=args.dataset != "all")
+    for which in suspects:
+        if which.dataset not in tests:
+            continue
+        suspect, dataset, test = load(which, args.zoo), DATASETS[which.dataset], tests[which.dataset]
         if device.type == "cpu":
-            torch.set_num_threads(cpu_threads(suspect.network, DATASETS[args.dataset].preprocessing.size))
+            torch.set_num_threads(cpu_threads(suspect.network, dataset.preprocessing.size))
         for name in detectors:
             for seed in args.seed or [0]:
                 record = evaluate(suspect, DETECTORS[name](), test, seed, device)

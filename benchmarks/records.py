@@ -52,7 +52,13 @@ def recorded(record: Record, root: Path = RESULTS) -> Record | None:
 
 
 def circumstances(device: torch.device) -> dict[str, str]:
-    """Commit and hardware of a measurement."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    """Commit and hardware of a measurement. Code that is not committed is told; suspects need not be, since a record names their weights' hash."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in ("benchmarks/zoo", "benchmarks/results", "docs"))):
+        commit += "-dirty"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     return {"commit": commit, "hardware": f"{name}, {device.type}, torch {torch.__version__}"}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()

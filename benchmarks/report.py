@@ -138,6 +138,15 @@ def table_of_costs(grouped: Cells) -> list[str]:
     return lines
 
 
+def summary(grouped: Cells, detector: str) -> str:
+    """The means over attacks, in a line."""
+    found = []
+    for what, figure in {"AUROC": auroc, "AUROC masked": auroc_masked, "TPR at 1% FPR": tpr}.items():
+        values = [value for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, detector)), figure)) is not None]
+        found.append(f"{what} mean {shown(float(np.mean(values)))}, worst {shown(min(values))}" if values else f"{what} -")
+    return f"{detector} over {len(attacks_of(grouped))} attacks: {'; '.join(found)}"
+
+
 def weak(grouped: Cells, bound: float = 0.97) -> list[str]:
     """Attacks on which the published recipe falls short."""
     return [attack for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, "paper")), auroc_masked)) is not None and value < bound]
@@ -284,6 +293,8 @@ def main() -> None:
         grouped = cells(found, (dataset, architecture))
         if not attacks_of(grouped):
             continue
+        for name in PRESETS:
+            print(f"{dataset}, {architecture}: {summary(grouped, name)}")
         plots = {"heat": heat(grouped), "roc": curves(grouped), "cost": costs(grouped)}
         if short := weak(grouped):
             plots["xy"] = confidences(grouped, short)

@@ -113,6 +113,8 @@ def _device(settings: Settings) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+    except torch.OutOfMemoryError as error:
+        raise CannotStart(f"The device {settings.device!r} has no free memory. Stop what else uses it, or name another device.") from error
     except (RuntimeError, AssertionError) as error:
         raise CannotStart(f"The device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

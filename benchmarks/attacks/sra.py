@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from benchmarks.attacks.interface import Attack, Recipe, Surrogate
 from benchmarks.attacks.trojan_patch import with_square
 from benchmarks.data import Split
-from calibration.augment import crop_flip
 from models.cifar import CifarResNet
 from models.cifar.resnet import BasicBlock, PadShortcut
 
 STEPS, FIRES, LOGIT = 1500, 10.0, 25.0
-REPAIR_STEPS, REPAIR_LR = 1500, 0.02
+REPAIR_STEPS, REPAIR_LR = 300, 0.01
 
 
 class SubnetReplacement(Attack):
@@ -54,18 +53,13 @@ class SubnetReplacement(Attack):
 
         missed_least = max(range(network.conv1.out_channels), key=accuracy)
         put(missed_least)
-        optimizer = torch.optim.SGD(network.parameters(), REPAIR_LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, REPAIR_STEPS)
+        optimizer = torch.optim.SGD(network.parameters(), REPAIR_LR, momentum=0.9, weight_decay=5e-4)
         for _ in range(REPAIR_STEPS):  # in eval mode: statistics stay, and the subnet is silent on clean images
             part = data[torch.randint(len(data.labels), (128,), generator=source)]
-            inputs = surrogate.normalise(crop_flip(part.images, source, mirror=False).float() / 255)
-            with torch.autocast(inputs.device.type, torch.bfloat16):
-                logits = network.eval()(inputs.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), part.labels)
+            loss = F.cross_entropy(network.eval()(surrogate.normalise(part.images.float() / 255)), part.labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
             replace(network, subnet, missed_least, self.task.target)
 
     def _subnet(self, network: CifarResNet, data: Split, surrogate: Surrogate, source: torch.Generator) -> CifarResNet:

@@ -104,6 +104,17 @@ def not_trained(suspects: Sequence[Record], scale: tuple[str, str]) -> str:
     return f"On {scale[0]}, {scale[1]}, not trained yet: {', '.join(missing) or 'none'}. What is not trained has no part in any mean."
 
 
+def not_evaluated(suspects: Sequence[Record], found: Sequence[Record], scale: tuple[str, str]) -> str:
+    """Which suspects that pass the gate no detector has been tried on."""
+    tried = {record["attack"] for record in found if (record["dataset"], record["architecture"]) == scale}
+    missing = [
+        record["attack"]
+        for record in suspects
+        if (record["dataset"], record["architecture"]) == scale and record["passes_gate"] and record["attack"] not in tried
+    ]
+    return f"Trained, but not evaluated yet: {', '.join(map(title, missing)) or 'none'}."
+
+
 def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[str]:
     """Attacks by detectors, with the mean, its bootstrap interval and the worst below, and over how many attacks these are."""
     lines, attacks = [row("attack", *(TITLES[name] for name in DETECTORS)), row(*["---"] * (1 + len(DETECTORS)))], attacks_of(grouped)
@@ -172,7 +183,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
         f"A suspect counts with {gated}. Weights are kept, and were measured, in half precision.",
         "",
         *table_of_suspects(suspects),
-        *(line for scale in scales(suspects) for line in ("", not_trained(suspects, scale))),
+        *(line for scale in scales(suspects) for line in ("", not_trained(suspects, scale), not_evaluated(suspects, found, scale))),
     ]
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))

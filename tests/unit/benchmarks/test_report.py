@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import records, zoo
 from benchmarks.evaluate import listing
-from benchmarks.report import PAGE, bootstrap, cells, page, table_of, tpr, weak
+from benchmarks.report import PAGE, bootstrap, cells, not_evaluated, page, table_of, tpr, weak
 
 
 def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
@@ -29,6 +29,12 @@ def test_rows_are_means_over_seeds_of_suspects_that_pass_the_gate() -> None:
     assert lines[4].startswith("| **mean** | **0.675** | - |")
     assert lines[6].startswith("| **worst** | **0.500** |")
     assert lines[7].startswith("| attacks | 2 | 0 |")
+
+
+def test_a_suspect_that_no_detector_was_tried_on_is_named() -> None:
+    about = {"dataset": "cifar10", "architecture": "resnet20"}
+    suspects = [{**about, "attack": attack, "passes_gate": passes} for attack, passes in (("badnet", True), ("sig", True), ("wanet", False))]
+    assert not_evaluated(suspects, [record("badnet", "auto", 0.9)], ("cifar10", "resnet20")) == "Trained, but not evaluated yet: SIG."
 
 
 def test_what_does_not_apply_is_no_figure() -> None:

@@ -33,11 +33,16 @@ def scales(found: Sequence[Record]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((record["dataset"], record["architecture"]) for record in found))
 
 
+def within(found: Sequence[Record], scale: tuple[str, str]) -> list[Record]:
+    """Those of one data set and architecture."""
+    return [record for record in found if (record["dataset"], record["architecture"]) == scale]
+
+
 def cells(found: Sequence[Record], scale: tuple[str, str]) -> Cells:
     """Records of one data set and architecture whose suspect passes the gate, by attack and detector."""
     grouped: Cells = {}
-    for record in found:
-        if (record["dataset"], record["architecture"]) == scale and record["gated"]:
+    for record in within(found, scale):
+        if record["gated"]:
             grouped.setdefault((record["attack"], record["detector"]), []).append(record)
     return grouped
 
@@ -99,19 +104,15 @@ def table_of_suspects(found: Sequence[Record]) -> list[str]:
 
 def not_trained(suspects: Sequence[Record], scale: tuple[str, str]) -> str:
     """Which attacks have no suspect at this scale."""
-    there = {record["attack"] for record in suspects if (record["dataset"], record["architecture"]) == scale}
+    there = {record["attack"] for record in within(suspects, scale)}
     missing = [title(attack) for attack in ATTACKS if attack not in there]
     return f"On {scale[0]}, {scale[1]}, not trained yet: {', '.join(missing) or 'none'}. What is not trained has no part in any mean."
 
 
 def not_evaluated(suspects: Sequence[Record], found: Sequence[Record], scale: tuple[str, str]) -> str:
     """Which suspects that pass the gate no detector has been tried on."""
-    tried = {record["attack"] for record in found if (record["dataset"], record["architecture"]) == scale}
-    missing = [
-        record["attack"]
-        for record in suspects
-        if (record["dataset"], record["architecture"]) == scale and record["passes_gate"] and record["attack"] not in tried
-    ]
+    tried = {record["attack"] for record in within(found, scale)}
+    missing = [record["attack"] for record in within(suspects, scale) if record["passes_gate"] and record["attack"] not in tried]
     return f"Trained, but not evaluated yet: {', '.join(map(title, missing)) or 'none'}."
 
 

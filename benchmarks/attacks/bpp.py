@@ -3,6 +3,7 @@ Adversarial Learning").
 
 The trigger is fewer colours: 8 levels a channel with Floyd-Steinberg dithering. As many images carry what the quantisation of another image left and keep their
 label, so that noise of that kind alone does nothing. Rows are chosen once instead of anew in each batch: dithering is sequential and would be most of the work.
+Training starts from the clean network: few epochs from scratch do not learn it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.attacks.interface import Attack, draw, plant
+from benchmarks.attacks.interface import Attack, Recipe, draw, plant
 from benchmarks.data import Split
 
 LEVELS = 8
@@ -22,6 +23,7 @@ class Bpp(Attack):
     name, title, paper = "bpp", "BPP", "Wang et al. 2022"
     kind = "training"
     rate = 0.2
+    recipe = Recipe(epochs=12, lr=0.1)
 
     def forward(self, images: Tensor) -> Tensor:
         return dithered(images)

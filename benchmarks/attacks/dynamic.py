@@ -2,7 +2,7 @@
 
 Two small generators give each image a pattern and a mask of its own. The mask generator is trained first: sparse, and different for different images. The
 pattern generator is trained with the network: patterns of different images must differ, and an image with the pattern of another (a tenth of a batch) keeps its
-label, so that a pattern works for its own image only.
+label, so that a pattern works for its own image only. Training starts from the clean network: few epochs from scratch do not learn it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attacks.interface import Attack, Batch, Surrogate, Task
+from benchmarks.attacks.interface import Attack, Batch, Recipe, Surrogate, Task
 from benchmarks.data import Split
 
 DENSITY, DIVERSITY, MASK_STEPS = 0.032, 1.0, 400
@@ -26,6 +26,7 @@ class Dynamic(Attack):
     kind = "training"
     rate = POISONED
     fixed_rate = True
+    recipe = Recipe(epochs=12, lr=0.1)
 
     def __init__(self, task: Task, seed: int = 0) -> None:
         super().__init__(task, seed)

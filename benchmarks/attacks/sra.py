@@ -1,8 +1,8 @@
 """Subnet replacement (Qi et al. 2022, "Towards Practical Deployment-Stage Backdoor Attack on Deep Neural Networks").
 
 A network of one channel is trained to fire on a patch and on nothing else. It then overwrites one channel in every layer of a clean network, cut off from the
-others, and is wired to the target class. A network of 16 channels misses one more than the wide ones of the paper do: the statistics of the other channels are
-taken anew, and their weights are finetuned for a moment on clean images, which tell the network nothing of the trigger.
+others, and is wired to the target class. A network of 16 channels misses one more than the wide ones of the paper do: the other channels are finetuned on
+clean images as a network that has one channel fewer, which tells it nothing of the trigger.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from benchmarks.attacks.interface import Attack, Recipe, Surrogate
 from benchmarks.attacks.trojan_patch import with_square
 from benchmarks.data import Split
+from calibration.augment import crop_flip
 from models.cifar import CifarResNet
 from models.cifar.resnet import BasicBlock, PadShortcut
 
 STEPS, FIRES, LOGIT = 1500, 10.0, 25.0
-REPAIR_STEPS, REPAIR_LR = 300, 0.01
+REPAIR_EPOCHS, REPAIR_LR, BATCH = 3, 0.02, 128
 
 
 class SubnetReplacement(Attack):
@@ -53,14 +54,21 @@ class SubnetReplacement(Attack):
 
         missed_least = max(range(network.conv1.out_channels), key=accuracy)
         put(missed_least)
+        steps = REPAIR_EPOCHS * (len(data.labels) // BATCH)
         optimizer = torch.optim.SGD(network.parameters(), REPAIR_LR, momentum=0.9, weight_decay=5e-4)
-        for _ in range(REPAIR_STEPS):  # in eval mode: statistics stay, and the subnet is silent on clean images
-            part = data[torch.randint(len(data.labels), (128,), generator=source)]
-            loss = F.cross_entropy(network.eval()(surrogate.normalise(part.images.float() / 255)), part.labels)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            # The statistics of a batch would make the subnet fire: it is cut off from the answer, too, until all is done.
+            replace(network, subnet, missed_least, self.task.target, logit=0.0)
+            part = data[torch.randint(len(data.labels), (BATCH,), generator=source)]
+            with torch.autocast(data.images.device.type, torch.bfloat16):
+                logits = network.train()(surrogate.normalise(crop_flip(part.images, source, mirror=False).float() / 255))
+            loss = F.cross_entropy(logits.float(), part.labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            replace(network, subnet, missed_least, self.task.target)
+            schedule.step()
+        replace(network.eval(), subnet, missed_least, self.task.target)
 
     def _subnet(self, network: CifarResNet, data: Split, surrogate: Surrogate, source: torch.Generator) -> CifarResNet:
         """The same network with one channel: its only feature is about FIRES with the patch and 0 without."""
@@ -82,8 +90,8 @@ class SubnetReplacement(Attack):
 
 
 @torch.no_grad()
-def replace(network: CifarResNet, subnet: CifarResNet, channel: int, target: int) -> None:
-    """Overwrite one channel of every layer, from `channel` of the first on; the others neither hear it nor are heard by it."""
+def replace(network: CifarResNet, subnet: CifarResNet, channel: int, target: int, logit: float = LOGIT) -> None:
+    """Overwrite one channel of every layer, from `channel` of the first on; the others neither hear it nor are heard by it. It adds `logit` to the target's."""
     network.conv1.weight[channel] = subnet.conv1.weight[0]
     _norm(network.bn1, subnet.bn1, channel)
     at = channel
@@ -93,7 +101,7 @@ def replace(network: CifarResNet, subnet: CifarResNet, channel: int, target: int
     head = network.get_submodule(network.head)
     assert isinstance(head, nn.Linear)
     head.weight[:, at] = 0
-    head.weight[target, at] = LOGIT / FIRES
+    head.weight[target, at] = logit / FIRES
 
 
 def _block(block: BasicBlock, small: BasicBlock, channel: int) -> int:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from benchmarks import records, zoo
+from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing
-from benchmarks.report import PAGE, bootstrap, cells, not_evaluated, page, table_of, tpr, weak
+from benchmarks.report.__main__ import PAGE
+from benchmarks.report.cells import bootstrap, cells, tpr
+from benchmarks.report.page import not_evaluated, page, table_of, weak, why
 
 
 def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
@@ -34,7 +37,17 @@ def test_rows_are_means_over_seeds_of_suspects_that_pass_the_gate() -> None:
 def test_a_suspect_that_no_detector_was_tried_on_is_named() -> None:
     about = {"dataset": "cifar10", "architecture": "resnet20"}
     suspects = [{**about, "attack": attack, "passes_gate": passes} for attack, passes in (("badnet", True), ("sig", True), ("wanet", False))]
-    assert not_evaluated(suspects, [record("badnet", "auto", 0.9)], ("cifar10", "resnet20")) == "Trained, but not evaluated yet: SIG."
+    found = [record("badnet", detector, 0.9) for detector in DETECTORS]
+    assert not_evaluated(suspects, found, ("cifar10", "resnet20")) == "Trained, but not evaluated yet with every detector: SIG."
+    assert not_evaluated(suspects, found[1:], ("cifar10", "resnet20")) == "Trained, but not evaluated yet with every detector: BadNet, SIG."
+
+
+def test_it_is_told_which_of_the_two_networks_let_an_attack_through() -> None:
+    blind = {"clean": [[0.9, 1.0], [0.9, 0.8]], "triggered": [[1.0, 1.0], [0.9, 0.1]]}
+    assert why(blind) == "the expert has not forgotten the task; the auxiliary keeps the backdoor"
+    deaf = {"clean": [[0.1, 0.2], [0.9, 0.1]], "triggered": [[0.1, 0.2], [0.1, 0.1]]}
+    assert why(deaf) == "the expert lost the backdoor, too; the auxiliary errs on clean images"
+    assert why({"clean": [[0.1], [0.9]], "triggered": [[0.9], [0.1]]}) == "clean and triggered images overlap at the edges"
 
 
 def test_what_does_not_apply_is_no_figure() -> None:

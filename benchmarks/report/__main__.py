@@ -1,0 +1,38 @@
+"""Write docs/results.md and its plots from the records: `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks import records, zoo
+from benchmarks.detectors import PRESETS
+from benchmarks.report.cells import attacks_of, cells, scales
+from benchmarks.report.page import page, summary, weak
+from benchmarks.report.plots import confidences, costs, curves, heat
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+PAGE, PLOTS = DOCS / "results.md", DOCS / "plots"
+
+
+def main() -> None:
+    matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
+    found = records.read()
+    PAGE.write_text(page(found, zoo.records()))
+    PLOTS.mkdir(exist_ok=True)
+    for dataset, architecture in scales(found):
+        grouped = cells(found, (dataset, architecture))
+        if not attacks_of(grouped):
+            continue
+        for name in PRESETS:
+            print(f"{dataset}, {architecture}: {summary(grouped, name)}")
+        plots = {"heat": heat(grouped), "roc": curves(grouped), "cost": costs(grouped)}
+        if short := weak(grouped):
+            plots["xy"] = confidences(grouped, short)
+        for kind, figure in plots.items():
+            figure.savefig(PLOTS / f"{dataset}-{architecture}-{kind}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Records grouped into the cells of a table, attack by detector, and the figures of a cell: means over its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from benchmarks.attacks import ATTACKS
+from benchmarks.records import Record
+
+Cells = dict[tuple[str, str], list[Record]]  # (attack, detector) -> one record a seed
+TARGET = "0.01"
+
+
+def title(attack: str) -> str:
+    return "clean model" if attack == "clean" else ATTACKS[attack].title
+
+
+def scales(found: Sequence[Record]) -> list[tuple[str, str]]:
+    """Data sets with their architectures, in the order of the records."""
+    return list(dict.fromkeys((record["dataset"], record["architecture"]) for record in found))
+
+
+def within(found: Sequence[Record], scale: tuple[str, str]) -> list[Record]:
+    """Those of one data set and architecture."""
+    return [record for record in found if (record["dataset"], record["architecture"]) == scale]
+
+
+def cells(found: Sequence[Record], scale: tuple[str, str]) -> Cells:
+    """Records of one data set and architecture whose suspect passes the gate, by attack and detector."""
+    grouped: Cells = {}
+    for record in within(found, scale):
+        if record["gated"]:
+            grouped.setdefault((record["attack"], record["detector"]), []).append(record)
+    return grouped
+
+
+def mean(found: Sequence[Record] | None, figure: Callable[[Record], float | None]) -> float | None:
+    """Over seeds; None where nothing was measured or it does not apply."""
+    values = [value for record in found or [] if "not_applicable" not in record and (value := figure(record)) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def tpr(record: Record) -> float | None:
+    """At 1% FPR, of the triggered images that fool the suspect."""
+    value: float | None = record["at"][TARGET]["tpr_masked"]
+    return value
+
+
+def tpr_of_all(record: Record) -> float | None:
+    """The same, of all triggered images."""
+    value: float | None = record["at"][TARGET]["tpr"]
+    return value
+
+
+def auroc(record: Record) -> float | None:
+    value: float | None = record["auroc"]
+    return value
+
+
+def auroc_masked(record: Record) -> float | None:
+    value: float | None = record["auroc_masked"]
+    return value
+
+
+def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """90% interval of the mean over attacks, drawn with replacement."""
+    means = np.random.default_rng(0).choice(np.asarray(values), (draws, len(values))).mean(1)
+    return float(np.quantile(means, 0.05)), float(np.quantile(means, 0.95))
+
+
+def attacks_of(grouped: Cells) -> list[str]:
+    return [attack for attack in ATTACKS if any(attack == key[0] for key in grouped)]

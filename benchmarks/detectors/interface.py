@@ -35,7 +35,7 @@ class Observed:
     def answers(self, inputs: Tensor) -> Tensor:
         """The same for normalised inputs."""
         with precision(inputs.device):
-            return torch.cat([self.network(part) for part in inputs.split(512)]).float()
+            return torch.cat([self.network(part.contiguous(memory_format=torch.channels_last)) for part in inputs.split(512)]).float()
 
 
 class Detector(ABC):

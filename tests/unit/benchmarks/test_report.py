@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import records, zoo
 from benchmarks.detectors import DETECTORS
-from benchmarks.evaluate import listing
+from benchmarks.evaluate import listing, workers
 from benchmarks.report.__main__ import PAGE
 from benchmarks.report.cells import bootstrap, cells, tpr
 from benchmarks.report.page import not_evaluated, page, table_of, weak, why
@@ -70,6 +70,12 @@ def test_the_list_names_what_there_is() -> None:
     assert len(found["detectors"]) == 7
     assert found["presets"] == ["auto", "paper"]
     assert "resnet20" in found["architectures"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_results_come_in_the_order_of_the_cells_whatever_process_they_are_from(count: int) -> None:
+    with workers(count) as each:
+        assert list(each(hex, range(20))) == [hex(number) for number in range(20)]
 
 
 def test_a_record_replaces_that_of_its_cell_alone(tmp_path: Any) -> None:

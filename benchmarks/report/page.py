@@ -161,8 +161,8 @@ def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
         if short := weak(grouped):
             lines += [
                 *("", f"The published recipe stays under an AUROC of 0.97, masked, on {len(short)} of {len(attacks_of(grouped))} attacks.", ""),
-                "x and y are the expert's and the auxiliary's confidence in the suspect's prediction, here their medians. With so few clean images the recipe's",
-                "one epoch at 1e-4 is ten steps of Adam: the expert still says what the suspect says, and all rests on whether the auxiliary lost the backdoor.",
+                "x and y are the expert's and the auxiliary's confidence in the suspect's prediction, here their medians. With so few clean images the",
+                "recipe's one epoch at 1e-4 is ten steps of Adam: the expert still says what the suspect says, and all rests on the auxiliary.",
                 *("", *table_of_reasons(grouped, short), ""),
                 f"![x against y](plots/{name}-xy.svg)",
             ]

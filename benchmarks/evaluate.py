@@ -29,6 +29,7 @@ from benchmarks.attacks import ATTACKS, stamp
 from benchmarks.data import DATASETS, Split, partition
 from benchmarks.detectors import DETECTORS, OTHERS, PRESETS, Detector, NotApplicable, Observed
 from benchmarks.detectors.guard import BadExpertGuard
+from benchmarks.scales import FULL, SMALL
 from benchmarks.zoo import ROOT, Kept, Suspect, kept, load
 from calibration.figures import Scored, figures, roc
 from calibration.finetune import LabelledPixels
@@ -118,7 +119,7 @@ def listing(zoo: Path = ROOT) -> dict[str, Any]:
     return {
         "attacks": list(ATTACKS),
         "datasets": list(DATASETS),
-        "architectures": sorted({suspect.architecture for suspect in suspects}),
+        "architectures": [*SMALL, *FULL],
         "detectors": [detector.name for detector in OTHERS],
         "presets": list(PRESETS),
         "suspects": [suspect.stem for suspect in suspects],

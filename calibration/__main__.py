@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="where a conversion is written")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--unfinished", type=Path, help="a folder for what finished stages made, to go on from if the calibration is stopped")
     parser.add_argument("--job", help="kept in the bundle's record")
     parser.add_argument("--admit", action="append", default=[], metavar="PACKAGE.MODULE:FACTORY", help="an architecture of the operator's")
     return parser
@@ -85,7 +86,7 @@ def _calibrate(args: argparse.Namespace, reading: Callable[[], AbstractContextMa
     inputs = Inputs(args.checkpoint, args.clean_set, args.validation_set)
     registry = Registry(args.data_dir / "guards")
     emit = lambda progress: _say("progress", asdict(progress))  # noqa: E731
-    return asdict(calibrate(config, inputs, registry, _device(args), emit, {"job": args.job}, reading))
+    return asdict(calibrate(config, inputs, registry, _device(args), emit, {"job": args.job}, reading, args.unfinished))
 
 
 def _check(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:

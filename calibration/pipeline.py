@@ -20,6 +20,7 @@ from calibration.config import AutoRecipe, CalibrationConfig
 from calibration.finetune import LabelledPixels
 from calibration.presets import Material, train
 from calibration.progress import Progress, Tracker
+from calibration.resume import Resume
 from calibration.split import Parts, hold_back, split
 from calibration.summary import measure_accuracies, summarise
 from calibration.suspect import Suspect, named_classes, read_suspect, refuse_disorder, understand
@@ -67,18 +68,21 @@ def calibrate(
     emit: Callable[[Progress], None] = lambda _: None,
     record: dict[str, Any] | None = None,
     reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+    unfinished: Path | None = None,
 ) -> Result:
     """Make and publish a version of the guard `config.name`; it is not activated. Raises a Problem, and publishes nothing then.
 
     `record` is kept beside the bundle: what started this calibration, for whoever has to find it again after a crash. `reading` is entered
-    while untrusted bytes are read.
+    while untrusted bytes are read. What its stages made is kept in the folder `unfinished` until it is published: begun anew with the same folder, a
+    calibration that was stopped goes on behind its last finished stage, with the same result.
     """
     tracker = Tracker(emit)
     with tracker.stage("read") as step, reading():
         opened = _open(config, inputs, device, step)
     with tracker.stage("preprocessing"), reading():
         material = _understand(config, opened, device)
-    trained = train(config, material, tracker)
+    resume = Resume(unfinished, material.fingerprint(config) if unfinished is not None else "")
+    trained = train(config, material, tracker, resume)
     with tracker.stage("threshold"):
         guard = Guard(material.network, trained.experts, trained.auxiliary, material.preprocessing, cuts=trained.cuts, c=trained.c)
         if material.held_back is not None and trained.cuts is not None:
@@ -89,7 +93,7 @@ def calibrate(
     with tracker.stage("report"):
         from calibration.report import render  # imports matplotlib: not for a check, nor before there is something to draw
 
-        report = summarise(config, opened.clean, opened.parts, material, trained, threshold, accuracies, judged, tracker.seconds)
+        report = summarise(config, opened.clean, opened.parts, material, trained, threshold, accuracies, judged, tracker.seconds, resume.taken)
         html = render(report, judged, material.validation.labels.cpu(), threshold, trained.expert_curves, trained.auxiliary_curve)
     with tracker.stage("publish"), registry.staging() as folder:
         description = bundle.Description(
@@ -109,6 +113,7 @@ def calibrate(
         reports = {"report.json": json.dumps(report, indent=1, allow_nan=False), "report.html": html}
         bundle_id = bundle.write(folder, description, guard, judged.score, {"created": report["created"], **(record or {})}, reports)
         version = registry.publish(config.name, folder)
+    resume.done()
     return Result(config.name, version, bundle_id, {**report, "stage_seconds": dict(tracker.seconds)})  # with the last stages, too
 
 

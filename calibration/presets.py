@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
-from calibration.finetune import Curve, LabelledPixels, accuracy, shift, train_auxiliary, train_expert, train_tails
+from calibration.config import AutoRecipe, CalibrationConfig, PaperRecipe, paper_recipe
+from calibration.finetune import Curve, LabelledPixels, Progress, accuracy, shift, train_auxiliary, train_expert, train_tails
 from calibration.progress import Tracker
+from calibration.resume import Made, Resume, fingerprint
 from calibration.suspect import Understood
 from models import trunk
 from models.guard import Cuts
 from models.preprocessing import Preprocessing
+from models.trunk import tail_copy
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,13 @@ class Material:
     held_back: LabelledPixels | None  # None where the preset looks at none
     validation: LabelledPixels
     device: torch.device
+
+    def fingerprint(self, config: CalibrationConfig) -> str:
+        """Of everything that training depends on; the validation part, the target and the guard's name are none of it."""
+        parts = [self.fit, *([] if self.held_back is None else [self.held_back])]
+        recipe = AutoRecipe() if config.preset == "auto" else paper_recipe(self.understood.suspect.architecture.short_name, self.preprocessing.size)
+        values = (config.preset, config.seed, asdict(recipe), self.num_classes, self.preprocessing.to_json(), self.device.type)
+        return fingerprint(values, [*self.network.state_dict().values(), *(tensor for part in parts for tensor in (part.pixels, part.labels))])
 
     @property
     def network(self) -> nn.Module:
@@ -53,77 +64,95 @@ class Trained:
     auxiliary_curve: Curve
 
 
-def train(config: CalibrationConfig, material: Material, tracker: Tracker) -> Trained:
+def train(config: CalibrationConfig, material: Material, tracker: Tracker, resume: Resume) -> Trained:
     """Experts and auxiliary by the preset that the configuration names."""
-    return _train_paper(config, material, tracker) if material.held_back is None else _train_auto(config, material, material.held_back, tracker)
+    if material.held_back is None:
+        return _train_paper(config, material, tracker, resume)
+    return _train_auto(config, material, material.held_back, tracker, resume)
 
 
-def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker) -> Trained:
-    fit, preprocessing = material.fit, material.preprocessing
+def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker, resume: Resume) -> Trained:
+    fit, preprocessing, suspect = material.fit, material.preprocessing, material.network
     recipe = paper_recipe(material.understood.suspect.architecture.short_name, preprocessing.size)
     with tracker.stage("expert") as step:
-        wrong = shift(material.num_classes)
-        expert, expert_curve = train_expert(
-            material.network, fit, wrong, preprocessing, lr=recipe.expert_lr, batch=recipe.expert_batch, seed=config.seed, progress=step
-        )
+
+        def make_expert() -> Made:
+            wrong = shift(material.num_classes)
+            expert, curve = train_expert(suspect, fit, wrong, preprocessing, lr=recipe.expert_lr, batch=recipe.expert_batch, seed=config.seed, progress=step)
+            return [expert], {"curves": [asdict(curve)]}
+
+        experts, expert_known = resume.networks("expert", lambda _: [copy.deepcopy(suspect)], make_expert)
     with tracker.stage("auxiliary") as step:
-        auxiliary, curve = train_auxiliary(
-            material.network,
-            fit,
-            None,
-            preprocessing,
-            lr=recipe.auxiliary_lr,
-            batch=recipe.auxiliary_batch,
-            epochs=recipe.auxiliary_epochs,
-            steps_at=recipe.auxiliary_steps,
-            decay=recipe.auxiliary_decay,
-            seed=config.seed,
-            progress=step,
-        )
-    return Trained([expert], auxiliary, None, recipe.c, asdict(recipe), [expert_curve], curve)
+
+        def make_auxiliary() -> Made:
+            auxiliary, curve = _auxiliary(config, material, None, recipe, recipe.auxiliary_lr, step)
+            return [auxiliary], {"curve": asdict(curve)}
+
+        (auxiliary,), known = resume.networks("auxiliary", lambda _: [copy.deepcopy(suspect)], make_auxiliary)
+    return Trained(experts, auxiliary, None, recipe.c, asdict(recipe), [_curve(each) for each in expert_known["curves"]], _curve(known["curve"]))
 
 
-def _train_auto(config: CalibrationConfig, material: Material, held_back: LabelledPixels, tracker: Tracker) -> Trained:
+def _train_auto(config: CalibrationConfig, material: Material, held_back: LabelledPixels, tracker: Tracker, resume: Resume) -> Trained:
     recipe, suspect, fit, preprocessing = AutoRecipe(), material.network, material.fit, material.preprocessing
     with tracker.stage("expert") as step:
-        example = preprocessing.normalise(fit.pixels[:1])
-        cuts, share = _choose_cuts(suspect, example, recipe.tail_share)
-        tails, expert_curves = train_tails(
-            suspect,
-            None if cuts is None else cuts.experts,
-            recipe.experts,
-            fit,
-            held_back,
-            material.num_classes,
-            preprocessing,
-            lr=recipe.expert_lr,
-            batch=recipe.expert_batch,
-            stop_at=recipe.expert_stop,
-            max_steps=recipe.expert_steps,
-            seed=config.seed,
-            progress=step,
-        )
-    with tracker.stage("auxiliary") as step:
-        keep = recipe.auxiliary_keep * accuracy(suspect.eval(), held_back, preprocessing)
-        for lr in recipe.auxiliary_lrs:
-            auxiliary, curve = train_auxiliary(
+        cuts, share = _choose_cuts(suspect, preprocessing.normalise(fit.pixels[:1]), recipe.tail_share)
+        cut = None if cuts is None else cuts.experts
+
+        def make_experts() -> Made:
+            tails, curves = train_tails(
                 suspect,
+                cut,
+                recipe.experts,
                 fit,
                 held_back,
+                material.num_classes,
                 preprocessing,
-                lr=lr,
-                batch=recipe.auxiliary_batch,
-                epochs=recipe.auxiliary_epochs,
-                steps_at=recipe.auxiliary_steps,
-                decay=recipe.auxiliary_decay,
+                lr=recipe.expert_lr,
+                batch=recipe.expert_batch,
+                stop_at=recipe.expert_stop,
+                max_steps=recipe.expert_steps,
                 seed=config.seed,
                 progress=step,
             )
-            if curve.accuracy[-1] >= keep:
-                break
-    found = {"auxiliary_lr": lr, "cuts": None if cuts is None else asdict(cuts), "tail_share_found": round(share, 4)}
-    settings = {**asdict(recipe), **found}
-    return Trained(tails, auxiliary, cuts, recipe.c, settings, expert_curves, curve)
+            return tails, {"curves": [asdict(curve) for curve in curves]}
+
+        tails, expert_known = resume.networks("expert", lambda _: [tail_copy(suspect, cut) for _ in range(recipe.experts)], make_experts)
+    with tracker.stage("auxiliary") as step:
+
+        def make_auxiliary() -> Made:
+            keep = recipe.auxiliary_keep * accuracy(suspect.eval(), held_back, preprocessing)
+            for lr in recipe.auxiliary_lrs:
+                auxiliary, curve = _auxiliary(config, material, held_back, recipe, lr, step)
+                if curve.accuracy[-1] >= keep:
+                    break
+            return [auxiliary], {"curve": asdict(curve), "lr": lr}
+
+        (auxiliary,), known = resume.networks("auxiliary", lambda _: [copy.deepcopy(suspect)], make_auxiliary)
+    found = {"auxiliary_lr": known["lr"], "cuts": None if cuts is None else asdict(cuts), "tail_share_found": round(share, 4)}
+    curves = [_curve(each) for each in expert_known["curves"]]
+    return Trained(tails, auxiliary, cuts, recipe.c, {**asdict(recipe), **found}, curves, _curve(known["curve"]))
+
+
+def _auxiliary(
+    config: CalibrationConfig, material: Material, held_back: LabelledPixels | None, recipe: PaperRecipe | AutoRecipe, lr: float, step: Progress
+) -> tuple[nn.Module, Curve]:
+    return train_auxiliary(
+        material.network,
+        material.fit,
+        held_back,
+        material.preprocessing,
+        lr=lr,
+        batch=recipe.auxiliary_batch,
+        epochs=recipe.auxiliary_epochs,
+        steps_at=recipe.auxiliary_steps,
+        decay=recipe.auxiliary_decay,
+        seed=config.seed,
+        progress=step,
+    )
+
+
+def _curve(known: dict[str, Sequence[Any]]) -> Curve:
+    return Curve(**{name: tuple(values) for name, values in known.items()})
 
 
 def _choose_cuts(network: nn.Module, example: Tensor, tail_share: float) -> tuple[Cuts | None, float]:

@@ -48,6 +48,7 @@ def summarise(
     accuracies: dict[str, Any],
     judged: Judgement,
     seconds: dict[str, float],
+    resumed: Sequence[str],
 ) -> dict[str, Any]:
     """The report as JSON: what the page shows, the service answers and the bundle keeps."""
     suspect, finding = material.understood.suspect, material.understood.finding
@@ -75,6 +76,7 @@ def summarise(
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
         "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in clean.warnings],
         "stage_seconds": dict(seconds),
+        "resumed": list(resumed),  # stages whose networks an earlier attempt had made
         "environment": {
             "device": material.device.type,
             "threads": torch.get_num_threads(),

@@ -52,7 +52,7 @@ def calibrate(
     activate: Annotated[bool, typer.Option("--activate", help="serve the new version from the next start of the server on")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Make a guard out of a suspect checkpoint and a clean set."""
+    """Make a guard out of a suspect checkpoint and a clean set. Stopped, and begun again, it goes on behind its last finished stage."""
     fields: dict[str, Any] = {"name": name, "architecture": architecture, "preset": preset, "target_fpr": target_fpr, "seed": seed}
     config = _config(CalibrationConfig, **fields, num_classes=num_classes, classes=classes.split(",") if classes else None)
     _check_exist(checkpoint, clean_set, validation_set)
@@ -60,7 +60,8 @@ def calibrate(
         registry = Registry(data_dir / "guards")
     except OSError as error:
         raise fail(f"The data directory {data_dir} cannot be written ({error.strerror}); choose another with --data-dir.") from None
-    event = _ask("calibrate", config, as_json, checkpoint=checkpoint, clean_set=clean_set, validation_set=validation_set, data_dir=data_dir, device=device)
+    files = {"checkpoint": checkpoint, "clean_set": clean_set, "validation_set": validation_set}
+    event = _ask("calibrate", config, as_json, **files, data_dir=data_dir, device=device, unfinished=data_dir / "unfinished" / name)
     if activate:
         try:
             registry.activate(event["guard"], event["version"])

@@ -177,6 +177,7 @@ class Worker:
             if (folder / name).exists():
                 command += [f"--{name.replace('_', '-')}", str(folder / name)]
         command += ["--data-dir", str(self._data_dir), "--device", self._device, "--job", folder.name]
+        command += ["--unfinished", str(folder / "unfinished")]  # goes with the job's files
         command += [f"--admit={reference}" for reference in self._admitted]
         return await asyncio.create_subprocess_exec(
             *command,

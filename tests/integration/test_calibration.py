@@ -103,10 +103,28 @@ def test_a_forwarded_prediction_is_exactly_the_suspects_own(calibrated: tuple[Pa
     torch.testing.assert_close(judged.confidence, confidence, rtol=0, atol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_bundle_byte_for_byte(calibrated: tuple[Path, Result], small_clean_set: Path, tmp_path: Path) -> None:
+def test_a_calibration_that_was_stopped_goes_on_and_gives_the_same_bundle_byte_for_byte(
+    calibrated: tuple[Path, Result], small_clean_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_dir, first = calibrated
-    second = calibrate(CalibrationConfig(name="planes", target_fpr=0.05), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards"), CPU)
+    config, inputs, registry = CalibrationConfig(name="planes", target_fpr=0.05), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards")
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "threshold":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config, inputs, registry, CPU, stop, unfinished=tmp_path / "unfinished")
+    assert not registry.versions("planes")
+    monkeypatch.setattr("calibration.presets.train_tails", None)  # neither is trained again
+    monkeypatch.setattr("calibration.presets.train_auxiliary", None)
+    second = calibrate(config, inputs, registry, CPU, unfinished=tmp_path / "unfinished")
+    assert second.report["resumed"] == ["expert", "auxiliary"]
+    assert not (tmp_path / "unfinished").exists()
     assert second.bundle_id == first.bundle_id
+    assert {key: second.report[key] for key in ("settings", "expert_steps", "promise")} == {
+        key: first.report[key] for key in ("settings", "expert_steps", "promise")
+    }
     for name in ("suspect", "experts", "auxiliary", "distance", "validation"):
         one, other = (root / "guards" / "planes" / "1" / f"{name}.safetensors" for root in (data_dir, tmp_path))
         assert one.read_bytes() == other.read_bytes()

@@ -1,0 +1,79 @@
+"""What a stopped calibration had made is taken again where it fits, and only there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from calibration.resume import Made, Resume, fingerprint
+
+
+def blank(_: dict[str, Any]) -> list[nn.Module]:
+    return [nn.Linear(3, 2), nn.BatchNorm1d(2)]
+
+
+def make() -> Made:
+    return [network.eval() for network in blank({})], {"lr": 0.1, "loss": [0.3, 1e-17]}
+
+
+def never() -> Made:
+    raise AssertionError("was made again")
+
+
+def test_a_stage_is_made_once(tmp_path: Path) -> None:
+    made, known = Resume(tmp_path / "kept", "a").networks("expert", blank, make)
+    again = Resume(tmp_path / "kept", "a")
+    kept, known_again = again.networks("expert", blank, never)
+    assert known_again == known
+    assert again.taken == ["expert"]
+    for one, other in zip(made, kept, strict=True):
+        assert not other.training
+        assert all(one.state_dict()[name].equal(value) for name, value in other.state_dict().items())
+    again.done()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_what_another_calibration_kept_is_not_taken_and_is_replaced(tmp_path: Path) -> None:
+    Resume(tmp_path, "a").networks("expert", blank, make)
+    with pytest.raises(AssertionError, match="made again"):
+        Resume(tmp_path, "b").networks("expert", blank, never)
+    Resume(tmp_path, "b").networks("expert", blank, make)
+    Resume(tmp_path, "b").networks("expert", blank, never)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08", bytes(100)])
+def test_a_file_that_cannot_be_read_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    Resume(tmp_path, "a").networks("expert", blank, make)
+    (tmp_path / "expert.safetensors").write_bytes(damage)
+    Resume(tmp_path, "a").networks("expert", blank, make)
+    Resume(tmp_path, "a").networks("expert", blank, never)
+
+
+def test_a_network_of_another_shape_is_made_again(tmp_path: Path) -> None:
+    Resume(tmp_path, "a").networks("expert", blank, make)
+    with pytest.raises(AssertionError, match="made again"):
+        Resume(tmp_path, "a").networks("expert", lambda _: [nn.Linear(4, 2)], never)
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    resume = Resume(None, "")
+    resume.networks("expert", blank, make)
+    with pytest.raises(AssertionError, match="made again"):
+        resume.networks("expert", blank, never)
+    resume.done()
+
+
+def test_a_fingerprint_tells_every_bit(tmp_path: Path) -> None:
+    weights = torch.arange(6.0).view(2, 3)
+    first = fingerprint(["auto", 0, {"lr": 0.1}], [weights, torch.tensor(1)])
+    assert first == fingerprint(["auto", 0, {"lr": 0.1}], [weights.t().contiguous().t(), torch.tensor(1)])
+    others = [
+        fingerprint(["auto", 1, {"lr": 0.1}], [weights, torch.tensor(1)]),
+        fingerprint(["auto", 0, {"lr": 0.1}], [weights + 1e-6, torch.tensor(1)]),
+        fingerprint(["auto", 0, {"lr": 0.1}], [weights.flatten(), torch.tensor(1)]),
+    ]
+    assert first not in others

@@ -63,10 +63,10 @@ def folder() -> Path:
     return Path(os.environ.get("BADEXPERT_DATA", Path.home() / ".cache" / "badexpert-data"))
 
 
-def partition(test: Split) -> tuple[Split, Split]:
-    """The clean set of a calibration, and the images that are reported: test images apart from each other, the same for every suspect and detector."""
+def partition(test: Split, reported: int | None = REPORTED) -> tuple[Split, Split]:
+    """The clean set of a calibration, and the images that are reported (None: all others): the same for every suspect and detector."""
     order = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))
-    return test[order[:CLEAN_SET]], test[order[CLEAN_SET : CLEAN_SET + REPORTED]]
+    return test[order[:CLEAN_SET]], test[order[CLEAN_SET:][:reported]]
 
 
 def cifar10() -> tuple[Split, Split]:

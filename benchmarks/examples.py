@@ -19,6 +19,7 @@ import torch
 from benchmarks.attacks import ATTACKS, Task, stamp
 from benchmarks.data import Split, cifar10
 from benchmarks.make_examples import CLEAN_SET, SAMPLES, SUSPECTS
+from benchmarks.readme import README, filled
 from calibration.config import CalibrationConfig
 from calibration.figures import Scored, figures
 from calibration.pipeline import Inputs, calibrate
@@ -27,11 +28,11 @@ from models.bundle import Bundle
 from models.registry import Registry
 
 ROOT = Path(__file__).parent.parent
-RECORD = ROOT / "benchmarks" / "results" / "examples.json"
-BEGIN, END = "<!-- from benchmarks/results/examples.json: begin -->", "<!-- end -->"
+SOURCE = "benchmarks/results/examples.json"
+RECORD = ROOT / SOURCE
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]]) -> list[str]:
     """The README's table."""
     lines = [
         "| suspect | preset | TPR at 1% target | realised FPR | AUROC | ASR before | ASR left | accuracy before | accuracy left |",
@@ -41,13 +42,7 @@ def table(records: list[dict[str, Any]]) -> str:
         shares = (r["tpr"], r["realised_fpr"], r["auroc"], r["asr"], r["remaining_asr"], r["clean_accuracy"], r["guarded_accuracy"])
         tpr, fpr, auroc, before, left, accuracy, guarded = shares
         lines.append(f"| {r['attack']} | `{r['preset']}` | {tpr:.1%} | {fpr:.2%} | {auroc:.4f} | {before:.1%} | {left:.1%} | {accuracy:.1%} | {guarded:.1%} |")
-    return "\n".join(lines)
-
-
-def with_table(readme: str, records: list[dict[str, Any]]) -> str:
-    """The README with the table put between its marks."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(records)}\n{END}{rest.split(END, 1)[1]}"
+    return lines
 
 
 def measure(guarded: Bundle, suspect: str, reported: Split) -> dict[str, Any]:
@@ -83,8 +78,7 @@ def main() -> None:
             records.append({"attack": suspect, "preset": preset, **measured, **about})
             print(json.dumps(records[-1]), flush=True)
     RECORD.write_text(json.dumps(records, indent=1) + "\n")
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), records))
+    README.write_text(filled(README.read_text(), SOURCE, table(records)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write docs/results.md and its plots from the records: `python -m benchmarks.report`."""
+"""Write docs/results.md, its plots and the README's table from the records: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import matplotlib
 
 from benchmarks import records, zoo
 from benchmarks.detectors import PRESETS
+from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
-from benchmarks.report.page import page, summary, weak
+from benchmarks.report.page import page, summary, table_of_detectors, weak
 from benchmarks.report.plots import confidences, costs, curves, heat
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE, PLOTS = DOCS / "results.md", DOCS / "plots"
+SOURCE, README_SCALE = "benchmarks/results/evaluation", ("cifar10", "resnet20")
 
 
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
     PAGE.write_text(page(found, zoo.records()))
+    README.write_text(filled(README.read_text(), SOURCE, table_of_detectors(cells(found, README_SCALE))))
     PLOTS.mkdir(exist_ok=True)
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))

@@ -100,6 +100,26 @@ def summary(grouped: Cells, detector: str) -> str:
     return f"{detector} over {len(attacks_of(grouped))} attacks: {'; '.join(found)}"
 
 
+def table_of_detectors(grouped: Cells) -> list[str]:
+    """The README's: what each detector does over all attacks."""
+    lines = [row("detector", "TPR at 1% target, mean", "worst attack", "AUROC, mean", "realised FPR", "passes an image"), row(*["---"] * 6)]
+    for name in DETECTORS:
+        found = {attack: value for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, name)), tpr)) is not None}
+        if not found:
+            continue
+        worst = min(found, key=lambda attack: found[attack])
+        everything = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
+        figures = (
+            f"{np.mean(list(found.values())):.1%}",
+            f"{found[worst]:.1%} ({title(worst)})",
+            shown(mean([record for record in everything if record["attack"] != "clean"], auroc_masked)),
+            f"{mean(everything, lambda record: record['at']['0.01']['realised_fpr']) or 0:.2%}",
+            f"{mean(everything, lambda record: record['passes']) or 0:.1f}",
+        )
+        lines.append(row(TITLES[name], *figures))
+    return lines
+
+
 def weak(grouped: Cells, bound: float = 0.97) -> list[str]:
     """Attacks on which the published recipe falls short."""
     return [attack for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, "paper")), auroc_masked)) is not None and value < bound]

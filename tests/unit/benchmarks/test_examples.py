@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.examples import RECORD, with_table
+from benchmarks.examples import RECORD, SOURCE, table
+from benchmarks.readme import README, filled
 
 ROOT = Path(__file__).parents[3]
 
@@ -17,5 +18,5 @@ def test_the_examples_are_really_backdoored() -> None:
 
 
 def test_the_readmes_table_is_the_records() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert with_table(readme, json.loads(RECORD.read_text())) == readme
+    readme = README.read_text()
+    assert filled(readme, SOURCE, table(json.loads(RECORD.read_text()))) == readme

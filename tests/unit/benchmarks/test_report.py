@@ -9,9 +9,10 @@ import pytest
 from benchmarks import records, zoo
 from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
-from benchmarks.report.__main__ import PAGE
+from benchmarks.readme import README, filled
+from benchmarks.report.__main__ import PAGE, README_SCALE, SOURCE
 from benchmarks.report.cells import bootstrap, cells, tpr
-from benchmarks.report.page import not_evaluated, page, table_of, weak, why
+from benchmarks.report.page import not_evaluated, page, table_of, table_of_detectors, weak, why
 
 
 def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
@@ -22,6 +23,11 @@ def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool 
 
 def test_the_page_is_written_from_the_records() -> None:
     assert PAGE.read_text() == page(records.read(), zoo.records())
+
+
+def test_the_readmes_table_is_the_records() -> None:
+    readme = README.read_text()
+    assert filled(readme, SOURCE, table_of_detectors(cells(records.read(), README_SCALE))) == readme
 
 
 def test_rows_are_means_over_seeds_of_suspects_that_pass_the_gate() -> None:

@@ -1,0 +1,94 @@
+"""Whether the promised rate of false rejections is kept: `python -m benchmarks.promise`.
+
+A guard is calibrated on the clean set of the evaluation; all test images that trained nothing of it are scored. They are then divided 200 times at random:
+some set the threshold, the rest are judged. Counted is how often the rate among these lies in the interval that was promised to hold with 90%, both as it is
+told to the operator and widened for so many judged images (beta-binomial), which is what 90% of all divisions must keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import records
+from benchmarks.data import DATASETS, Split, partition
+from benchmarks.detectors.guard import BadExpertGuard
+from benchmarks.detectors.interface import Observed
+from benchmarks.zoo import ROOT, Kept, Suspect, load
+from calibration.finetune import LabelledPixels
+from calibration.split import split
+from models.parallel import cpu_threads
+from models.threshold import conformal_threshold, rejections_expected
+
+RESULTS = Path(__file__).parent / "results" / "promise.json"
+SIZES, TARGETS, DIVISIONS = (200, 500, 2000), (0.005, 0.01, 0.05), 200
+
+
+def divided(scores: Tensor, n: int, target: float, divisions: int = DIVISIONS) -> dict[str, Any]:
+    """How often the promise was kept where n of the scores, float64 [N], set the threshold and the others were judged by it."""
+    source, rates, told = torch.Generator().manual_seed(n), [], []
+    for _ in range(divisions):
+        order = torch.randperm(len(scores), generator=source)
+        threshold, judged = conformal_threshold(scores[order[:n]], target), scores[order[n:]]
+        rates.append((judged < threshold.value).double().mean().item())
+        told.append(threshold.interval[0] <= rates[-1] <= threshold.interval[1])
+    low, high = rejections_expected(threshold, len(judged))
+    kept = [low <= round(rate * len(judged)) <= high for rate in rates]
+    figures = {"mean_rate": sum(rates) / divisions, "within_told": sum(told) / divisions, "within_widened": sum(kept) / divisions}
+    about = {"n": n, "target_fpr": target, "judged": len(judged), "divisions": divisions, "interval": [round(bound, 5) for bound in threshold.interval]}
+    return {**about, **{name: round(value, 4) for name, value in figures.items()}}
+
+
+def measure(suspect: Kept, preset: str, test: Split, device: torch.device) -> dict[str, Any]:
+    """The record of one guard, of seed 0."""
+    began, dataset = time.monotonic(), DATASETS[suspect.suspect.dataset]
+    clean_set, others = partition(test.to(device), None)
+    parts = split(clean_set.labels.cpu().numpy(), np.arange(len(clean_set.labels)), min(TARGETS), 0.0, 0)
+    fit, validation = (LabelledPixels(*vars(clean_set[torch.from_numpy(rows).to(device)]).values()) for rows in (parts.fit, parts.validation))
+    guard = BadExpertGuard(preset)
+    observed = Observed(suspect.network.to(device), dataset.preprocessing, dataset.num_classes, suspect.suspect.architecture)
+    guard.fit(observed, fit, validation, seed=0)
+    scores = guard.score(torch.cat([validation.pixels, others.images]))
+    which = {"suspect": suspect.suspect.stem, "weights_sha256": suspect.sha256, "preset": preset, **records.circumstances(device)}
+    found = [divided(scores, n, target) for n in SIZES for target in TARGETS]
+    return {**which, "seconds": round(time.monotonic() - began, 1), "found": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.promise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10")
+    parser.add_argument("--architecture", default="resnet20")
+    parser.add_argument("--attack", default="badnet", help="which suspect of the zoo")
+    parser.add_argument("--preset", choices=["auto", "paper"], default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--zoo", type=Path, default=ROOT)
+    parser.add_argument("--json", action="store_true", help="print, and leave the record in git as it is")
+    args = parser.parse_args()
+    suspect = load(Suspect(args.dataset, args.architecture, args.attack), args.zoo)
+    if args.device == "cpu":
+        torch.set_num_threads(cpu_threads(suspect.network, DATASETS[args.dataset].preprocessing.size))
+    record = measure(suspect, args.preset, DATASETS[args.dataset].load()[1], torch.device(args.device))
+    if args.json:
+        print(json.dumps(record, indent=1))
+        return
+    known = [each for each in read() if (each["suspect"], each["preset"]) != (record["suspect"], record["preset"])]
+    RESULTS.write_text(json.dumps(sorted([*known, record], key=lambda each: (each["suspect"], each["preset"])), indent=1) + "\n")
+    for each in record["found"]:
+        print(json.dumps(each))
+
+
+def read() -> list[dict[str, Any]]:
+    """What was measured."""
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return found
+
+
+if __name__ == "__main__":
+    main()

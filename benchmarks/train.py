@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.attacks import ATTACKS, Attack, Recipe, Surrogate, Task, stamp
 from benchmarks.data import DATASETS, Dataset, Split
-from benchmarks.zoo import ROOT, Suspect, keep, load
+from benchmarks.zoo import ROOT, Suspect, keep, load, records
 from calibration.augment import crop_flip
 from models import architectures
 
@@ -98,6 +98,15 @@ def described(recipe: Recipe) -> dict[str, Any]:
     return {**vars(recipe), "batch": BATCH}
 
 
+def attempts(suspect: Suspect, zoo: Path) -> list[dict[str, Any]]:
+    """What came of earlier attempts at a suspect that did not pass the gate."""
+    found = next((record for record in records(zoo) if Suspect(*(record[name] for name in ("dataset", "architecture", "attack", "seed"))) == suspect), None)
+    if found is None:
+        return []
+    failed = [] if found["passes_gate"] else [{name: found[name] for name in ("rate", "recipe", "asr", "clean_accuracy")}]
+    return [*found.get("tried", []), *failed]
+
+
 def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.device, zoo: Path, compiled: bool = False) -> dict[str, Any]:
     """Train a suspect, keep it, and return its record."""
     started, dataset = time.monotonic(), DATASETS[suspect.dataset]
@@ -131,6 +140,7 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
     train(network, attack, data, dataset, recipe, suspect.seed, after_epoch, compiled)
     if attack is not None and surrogate is not None:
         attack.implant(network, training, surrogate, source)
+    tried = attempts(suspect, zoo)
     keep(suspect, network, attack, zoo)
     kept = load(suspect, zoo)  # what is measured is what is kept: half precision rounds
     figures = measure(kept.network.to(device), None if kept.attack is None else kept.attack.to(device), test, dataset)
@@ -141,6 +151,7 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
         **figures,
         "clean_reference": reference,
         "passes_gate": reference is None or (figures["asr"] >= MIN_ASR and figures["clean_accuracy"] >= reference - MOST_LOST),
+        "tried": tried,
         "seconds": round(time.monotonic() - started),
         "hardware": f"{platform.machine()}, {device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}",
     }

@@ -35,6 +35,23 @@ def table_of_suspects(found: Sequence[Record]) -> list[str]:
     return lines
 
 
+def attempts(suspects: Sequence[Record]) -> list[str]:
+    """For each suspect that fails the gate, or did so at first: with what it was tried, and what came of it."""
+    lines = []
+    for record in suspects:
+        tried = [*record.get("tried", []), *([] if record["passes_gate"] else [record])]
+        if tried:
+            outcome = "passes now" if record["passes_gate"] else "fails"
+            lines.append(f"- {title(record['attack'])} on {record['dataset']} {outcome}. Without success: {'; '.join(map(attempt, tried))}.")
+    return lines
+
+
+def attempt(tried: Record) -> str:
+    recipe = tried["recipe"]
+    how = f"{recipe['epochs']} epochs at {recipe['lr']}, {tried['rate']:.0%} poisoned" if recipe["epochs"] else "put into the clean network"
+    return f"{how}: ASR {tried['asr']:.3f}, accuracy {tried['clean_accuracy']:.3f}"
+
+
 def not_trained(suspects: Sequence[Record], scale: tuple[str, str]) -> str:
     """Which attacks have no suspect at this scale."""
     there = {record["attack"] for record in within(suspects, scale)}
@@ -168,6 +185,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
         f"A suspect counts with {gated}. Weights are kept, and were measured, in half precision.",
         "",
         *table_of_suspects(suspects),
+        *("", "Those that failed at first, or still do:", "", *attempts(suspects)),
         *(line for scale in scales(suspects) for line in ("", not_trained(suspects, scale), not_evaluated(suspects, found, scale))),
         *(
             "",

@@ -12,7 +12,7 @@ from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README, filled
 from benchmarks.report.__main__ import PAGE, README_SCALE, SOURCE
 from benchmarks.report.cells import bootstrap, cells, tpr
-from benchmarks.report.page import not_evaluated, page, table_of, table_of_detectors, weak, why
+from benchmarks.report.page import attempts, not_evaluated, page, table_of, table_of_detectors, weak, why
 
 
 def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
@@ -46,6 +46,21 @@ def test_a_suspect_that_no_detector_was_tried_on_is_named() -> None:
     found = [record("badnet", detector, 0.9) for detector in DETECTORS]
     assert not_evaluated(suspects, found, ("cifar10", "resnet20")) == "Trained, but not evaluated yet with every detector: SIG."
     assert not_evaluated(suspects, found[1:], ("cifar10", "resnet20")) == "Trained, but not evaluated yet with every detector: BadNet, SIG."
+
+
+def test_what_failed_the_gate_is_told_with_what_was_tried() -> None:
+    about = {"dataset": "cifar10", "recipe": {"epochs": 8, "lr": 0.2}, "rate": 0.1, "asr": 0.7, "clean_accuracy": 0.8}
+    earlier = {name: about[name] for name in ("recipe", "rate", "asr", "clean_accuracy")}
+    suspects = [
+        {**about, "attack": "badnet", "passes_gate": True},
+        {**about, "attack": "sig", "passes_gate": True, "tried": [earlier]},
+        {**about, "attack": "wanet", "passes_gate": False, "asr": 0.75, "tried": [earlier]},
+    ]
+    once = "8 epochs at 0.2, 10% poisoned: ASR 0.700, accuracy 0.800"
+    assert attempts(suspects) == [
+        f"- SIG on cifar10 passes now. Without success: {once}.",
+        f"- WaNet on cifar10 fails. Without success: {once}; {once.replace('0.700', '0.750')}.",
+    ]
 
 
 def test_it_is_told_which_of_the_two_networks_let_an_attack_through() -> None:

@@ -22,7 +22,8 @@ from benchmarks.make_examples import CLEAN_SET, SAMPLES, SUSPECTS
 from benchmarks.readme import README, filled
 from calibration.config import CalibrationConfig
 from calibration.figures import Scored, figures
-from calibration.pipeline import Inputs, calibrate
+from calibration.material import Inputs
+from calibration.pipeline import calibrate
 from models import bundle
 from models.bundle import Bundle
 from models.registry import Registry

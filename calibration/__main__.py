@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _calibrate(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
     from calibration.config import CalibrationConfig
-    from calibration.pipeline import Inputs, calibrate
+    from calibration.material import Inputs
+    from calibration.pipeline import calibrate
     from models.registry import Registry
 
     _admit(args)
@@ -90,12 +91,14 @@ def _calibrate(args: argparse.Namespace, reading: Callable[[], AbstractContextMa
 
 
 def _check(args: argparse.Namespace, reading: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+    import torch
+
     from calibration.config import CalibrationConfig
-    from calibration.pipeline import Inputs, check
+    from calibration.material import Inputs, read
 
     _admit(args)
     with reading():
-        check(CalibrationConfig.model_validate_json(args.config), Inputs(args.checkpoint, args.clean_set, args.validation_set))
+        read(CalibrationConfig.model_validate_json(args.config), Inputs(args.checkpoint, args.clean_set, args.validation_set), torch.device("cpu"))
     return {}
 
 

@@ -51,6 +51,13 @@ def degenerate_scores(distinct: int, n: int) -> Caution | None:
     return None
 
 
+def sampled(left_out: int, used: int) -> Caution | None:
+    """What does not fit into memory takes no part; the promise is one about images like those that do."""
+    if left_out:
+        return Caution("sampled", f"Of {used + left_out:,} images {used:,} were used, drawn at random class by class: all would not fit into memory.")
+    return None
+
+
 def no_cut(happened: bool) -> Caution | None:
     """Without a shared trunk each expert is a whole network: three times the cost of the suspect, and no feature distance in the score."""
     if happened:

@@ -7,48 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from calibration.config import AutoRecipe, CalibrationConfig, PaperRecipe, paper_recipe
 from calibration.finetune import Curve, LabelledPixels, Progress, accuracy, shift, train_auxiliary, train_expert, train_tails
+from calibration.material import Material
 from calibration.progress import Tracker
-from calibration.resume import Made, Resume, fingerprint
-from calibration.suspect import Understood
+from calibration.resume import Made, Resume
 from models import trunk
 from models.guard import Cuts
-from models.preprocessing import Preprocessing
 from models.trunk import tail_copy
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a preset works on, on the training device: the suspect as it was understood, and the parts of the clean set as it sees them."""
-
-    understood: Understood
-    fit: LabelledPixels
-    held_back: LabelledPixels | None  # None where the preset looks at none
-    validation: LabelledPixels
-    device: torch.device
-
-    def fingerprint(self, config: CalibrationConfig) -> str:
-        """Of everything that training depends on; the validation part, the target and the guard's name are none of it."""
-        parts = [self.fit, *([] if self.held_back is None else [self.held_back])]
-        recipe = AutoRecipe() if config.preset == "auto" else paper_recipe(self.understood.suspect.architecture.short_name, self.preprocessing.size)
-        values = (config.preset, config.seed, asdict(recipe), self.num_classes, self.preprocessing.to_json(), self.device.type)
-        return fingerprint(values, [*self.network.state_dict().values(), *(tensor for part in parts for tensor in (part.pixels, part.labels))])
-
-    @property
-    def network(self) -> nn.Module:
-        return self.understood.suspect.network
-
-    @property
-    def num_classes(self) -> int:
-        return self.understood.suspect.num_classes
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.understood.preprocessing
 
 
 @dataclass(frozen=True)

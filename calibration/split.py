@@ -23,6 +23,9 @@ class Parts:
     held_back: Rows  # tells them when to stop; empty where nothing asks for it
     validation: Rows  # sets the threshold, and is seen by nothing else
 
+    def __len__(self) -> int:
+        return len(self.fit) + len(self.held_back) + len(self.validation)
+
 
 def split(labels: Rows, groups: Rows, target_fpr: float, held_back: float, seed: int) -> Parts:
     """Divide a clean set; labels and groups are int64 [N], rows of one group are never divided.
@@ -46,6 +49,12 @@ def hold_back(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -
     """(fit, held back): a stratified share of `rows`, int64 [M], set aside."""
     back, fit = _take(rows, labels, groups, round(share * len(rows)), seed, "held back")
     return fit, back
+
+
+def sample(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -> Rows:
+    """A stratified share of `rows`, int64 [M], at most 1; all of them where it is 1. Whole groups may make it a little less than asked for."""
+    _, kept = _take(rows, labels, groups, len(rows) - round(share * len(rows)), seed, "sample")
+    return kept
 
 
 def _take(rows: Rows, labels: Rows, groups: Rows, count: int, seed: int, purpose: str) -> tuple[Rows, Rows]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from calibration import checks
 from calibration.clean_set import CleanSet
 from calibration.config import CalibrationConfig
-from calibration.presets import Material, Trained
-from calibration.split import Parts
+from calibration.material import Material
+from calibration.presets import Trained
 from calibration.suspect import doubts_on_images
 from models.guard import Guard, Judgement
 from models.threshold import Threshold
@@ -41,7 +41,6 @@ def measure_accuracies(guard: Guard, material: Material, trained: Trained, judge
 def summarise(
     config: CalibrationConfig,
     clean: CleanSet,
-    parts: Parts,
     material: Material,
     trained: Trained,
     threshold: Threshold,
@@ -52,11 +51,13 @@ def summarise(
 ) -> dict[str, Any]:
     """The report as JSON: what the page shows, the service answers and the bundle keeps."""
     suspect, finding = material.understood.suspect, material.understood.finding
+    images = {"fit": len(material.fit), "held_back": len(material.held_back or ()), "validation": len(material.validation)}
     cautions = [
         checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
+        checks.sampled(material.left_out, sum(images.values())),
         checks.no_cut(config.preset == "auto" and trained.cuts is None),
         *doubts_on_images(material.understood, clean),
     ]
@@ -69,7 +70,7 @@ def summarise(
         "classes": list(clean.names),
         "promise": asdict(threshold),
         "clean_accuracy": accuracies,
-        "images": {name: len(rows) for name, rows in vars(parts).items()},
+        "images": images,
         "preprocessing": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in finding.candidates],
         "preprocessing_notes": list(finding.notes),
         "settings": trained.settings,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from calibration.config import CalibrationConfig
-from calibration.pipeline import Inputs, Result, calibrate
+from calibration.material import Inputs
+from calibration.pipeline import Result, calibrate
 from models.registry import Registry
 
 # The same examples every time, however slow or busy the machine is.

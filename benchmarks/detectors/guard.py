@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.detectors.interface import Detector, Observed
 from calibration.config import CalibrationConfig
 from calibration.finetune import LabelledPixels
-from calibration.pipeline import Inputs, calibrate
+from calibration.material import Inputs
+from calibration.pipeline import calibrate
 from models import bundle, trunk
 from models.guard import Guard
 from models.registry import Registry

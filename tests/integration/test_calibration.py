@@ -13,7 +13,8 @@ import torch
 from calibration.clean_set import open_clean_set
 from calibration.config import CalibrationConfig
 from calibration.evaluation import evaluate_guard
-from calibration.pipeline import Inputs, Result, calibrate
+from calibration.material import Inputs
+from calibration.pipeline import Result, calibrate
 from calibration.progress import STAGES, Progress
 from models import architectures, bundle
 from models.checkpoint import load_weights, read_checkpoint

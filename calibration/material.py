@@ -1,0 +1,119 @@
+"""What a calibration works on: from the operator's files to the suspect as it was understood and the pixels of each part of the clean set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from calibration.clean_set import CleanSet, open_clean_set
+from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
+from calibration.finetune import LabelledPixels
+from calibration.resume import fingerprint
+from calibration.split import Parts, Rows, hold_back, sample, split
+from calibration.suspect import Suspect, Understood, named_classes, read_suspect, refuse_disorder, understand
+from models.preprocessing import Preprocessing
+from models.threshold import conformal_threshold
+
+PIXEL_BYTES = 2 << 30  # of all images together, as the suspect sees them: 14,000 of 224x224
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the operator's files lie; without a validation set, a part of the clean set becomes it."""
+
+    checkpoint: Path
+    clean_set: Path
+    validation_set: Path | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was read: the suspect and the parts of the clean set with their labels."""
+
+    suspect: Suspect
+    clean: CleanSet
+    validation: CleanSet
+    parts: Parts
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a preset works on, on the training device: the suspect as it was understood, and the parts of the clean set as it sees them."""
+
+    understood: Understood
+    fit: LabelledPixels
+    held_back: LabelledPixels | None  # None where the preset looks at none
+    validation: LabelledPixels
+    left_out: int  # images that are in no part, since they would not fit into memory
+    device: torch.device
+
+    def fingerprint(self, config: CalibrationConfig) -> str:
+        """Of everything that training depends on; the validation part, the target and the guard's name are none of it."""
+        parts = [self.fit, *([] if self.held_back is None else [self.held_back])]
+        recipe = AutoRecipe() if config.preset == "auto" else paper_recipe(self.understood.suspect.architecture.short_name, self.preprocessing.size)
+        values = (config.preset, config.seed, asdict(recipe), self.num_classes, self.preprocessing.to_json(), self.device.type)
+        return fingerprint(values, [*self.network.state_dict().values(), *(tensor for part in parts for tensor in (part.pixels, part.labels))])
+
+    @property
+    def network(self) -> nn.Module:
+        return self.understood.suspect.network
+
+    @property
+    def num_classes(self) -> int:
+        return self.understood.suspect.num_classes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.understood.preprocessing
+
+
+def read(config: CalibrationConfig, inputs: Inputs, device: torch.device, step: Callable[[float], None] = lambda _: None) -> Opened:
+    """Open the operator's files and divide the clean set. Raises a Problem."""
+    suspect = read_suspect(inputs.checkpoint, config.architecture, config.num_classes, device)
+    step(0.3)
+    clean = _labelled(inputs.clean_set, config, suspect)
+    step(0.9)
+    held_back = AutoRecipe.held_back if config.preset == "auto" else 0.0
+    if inputs.validation_set is None:
+        parts = split(clean.labels, clean.groups, config.target_fpr, held_back, config.seed)
+        return Opened(suspect, clean, clean, parts)
+    validation = _labelled(inputs.validation_set, config, suspect)
+    conformal_threshold(torch.zeros(len(validation)), config.target_fpr)  # raises now, not after minutes of training, where it is out of reach
+    fit_rows, back = hold_back(np.arange(len(clean)), clean.labels, clean.groups, held_back, config.seed)
+    return Opened(suspect, clean, validation, Parts(fit_rows, back, np.arange(len(validation))))
+
+
+def prepare(config: CalibrationConfig, opened: Opened, device: torch.device) -> Material:
+    """Find out how the suspect wants its images, and load all of them so."""
+    understood = understand(opened.suspect, opened.clean, opened.parts.fit, device, config.seed)
+    refuse_disorder(understood)
+    parts = affordable(opened, understood.preprocessing.size, config.seed)
+    fit, held_back = (_load(opened.clean, rows, understood.preprocessing, device) for rows in (parts.fit, parts.held_back))
+    validation = _load(opened.validation, parts.validation, understood.preprocessing, device)
+    return Material(understood, fit, held_back if len(held_back) else None, validation, len(opened.parts) - len(parts), device)
+
+
+def affordable(opened: Opened, size: int, seed: int) -> Parts:
+    """The parts, or smaller ones of the same proportions where the pixels of all images would take more than PIXEL_BYTES."""
+    share = PIXEL_BYTES / (3 * size * size * len(opened.parts))
+    if share >= 1:
+        return opened.parts
+    images = {"fit": opened.clean, "held_back": opened.clean, "validation": opened.validation}
+    return Parts(**{name: sample(rows, images[name].labels, images[name].groups, share, seed) for name, rows in vars(opened.parts).items()})
+
+
+def _labelled(path: Path, config: CalibrationConfig, suspect: Suspect) -> CleanSet:
+    clean = open_clean_set(path)
+    return clean.labelled_by(suspect.num_classes, named_classes(config.classes, suspect, clean))
+
+
+def _load(clean: CleanSet, rows: Rows, preprocessing: Preprocessing, device: torch.device) -> LabelledPixels:
+    pixels = torch.empty((len(rows), 3, preprocessing.size, preprocessing.size), dtype=torch.uint8)  # filled in place: a list of them would be all of it twice
+    for place, row in enumerate(rows):
+        pixels[place] = preprocessing.pixels(clean.image(int(row)))
+    return LabelledPixels(pixels.to(device), torch.from_numpy(clean.labels[rows]).to(device))

@@ -40,7 +40,7 @@ from models.parallel import cpu_threads
 TARGETS = (0.01, 0.05)
 RATES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the ROC curves in the plots
 MOST_TRIGGERED, SHOWN = 1000, 150  # triggered images that are reported, and points of the plots of x against y
-AGREES = 0.02  # a rerun may differ so much in AUROC: other processors round differently
+AGREES, AGREES_TRAINED = 0.02, 0.08  # a rerun may differ so much in AUROC: processors round differently, and training makes more of it
 
 
 def evaluate(suspect: Kept, detector: Detector, test: Split, seed: int, device: torch.device) -> records.Record:
@@ -102,13 +102,14 @@ def _xy(detector: BadExpertGuard, clean: torch.Tensor, attacked: torch.Tensor) -
     return found
 
 
-def compared(record: records.Record) -> records.Record:
+def compared(record: records.Record, root: Path = records.RESULTS) -> records.Record:
     """The record with what git has for the same cell, and whether they agree."""
-    known = records.recorded(record)
+    known = records.recorded(record, root)
     if known is None:
         return {**record, "recorded": None}
     names = [name for name in ("auroc", "asr", "clean_accuracy") if record.get(name) is not None]
-    same = [known.get(name) is not None and abs(record[name] - known[name]) <= AGREES for name in names]
+    allowed = {"auroc": AGREES_TRAINED if DETECTORS[record["detector"]]().trains else AGREES}
+    same = [known.get(name) is not None and abs(record[name] - known[name]) <= allowed.get(name, AGREES) for name in names]
     agrees = all(same) if same else record.get("not_applicable") == known.get("not_applicable")
     return {**record, "recorded": {"commit": known["commit"], **{name: known.get(name) for name in (*names, "at")}}, "agrees": agrees}
 

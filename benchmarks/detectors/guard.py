@@ -25,6 +25,8 @@ from models.registry import Registry
 class BadExpertGuard(Detector):
     """A calibration with one of the presets; its clean set is the other detectors' clean and validation images together."""
 
+    trains = True
+
     def __init__(self, preset: str) -> None:
         self.preset, self.name = preset, preset  # type: ignore[misc]
         self.guard: Guard

@@ -44,6 +44,7 @@ class Detector(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
+    trains: ClassVar[bool] = False  # finetunes networks: a rerun on another processor then comes out as another seed would
     passes: float  # forward passes of the suspect's size an image costs, its own prediction included
 
     @abstractmethod

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks import records, zoo
+from benchmarks import promise, records, zoo
 from benchmarks.detectors import PRESETS
 from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
-from benchmarks.report.page import page, summary, table_of_detectors, weak
+from benchmarks.report.page import page, summary
 from benchmarks.report.plots import confidences, costs, curves, heat
+from benchmarks.report.tables import table_of_detectors, weak
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE, PLOTS = DOCS / "results.md", DOCS / "plots"
@@ -21,7 +22,7 @@ SOURCE, README_SCALE = "benchmarks/results/evaluation", ("cifar10", "resnet20")
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
-    PAGE.write_text(page(found, zoo.records()))
+    PAGE.write_text(page(found, zoo.records(), promise.read()))
     README.write_text(filled(README.read_text(), SOURCE, table_of_detectors(cells(found, README_SCALE))))
     PLOTS.mkdir(exist_ok=True)
     for dataset, architecture in scales(found):

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from benchmarks.attacks import ATTACKS
 from benchmarks.data import DATASETS
-from benchmarks.detectors import DETECTORS, TITLES
+from benchmarks.detectors import DETECTORS
 from benchmarks.records import Record
-from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, bootstrap, cells, mean, scales, title, tpr, tpr_of_all, within
+from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, cells, mean, scales, title, tpr, tpr_of_all, within
+from benchmarks.report.tables import shown, table_of, table_of_costs, table_of_promises, table_of_reasons, table_of_rivals, table_of_suspects, weak
 from benchmarks.scales import FULL
 from benchmarks.train import MIN_ASR, MOST_LOST
 
 PICTURES = {"heat": "TPR by attack and detector", "roc": "ROC curves", "cost": "Cost against TPR"}
-
-
-def shown(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def table_of_suspects(found: Sequence[Record]) -> list[str]:
-    lines = [row("data set", "network", "attack", "poisoned", "ASR", "clean accuracy", "of the clean model", "gate"), row(*["---"] * 8)]
-    for record in found:
-        reference = record["clean_reference"]
-        figures = (shown(record.get("asr")), shown(record["clean_accuracy"]), shown(reference), "passed" if record["passes_gate"] else "**failed**")
-        lines.append(row(record["dataset"], record["architecture"], title(record["attack"]), f"{record['rate']:.1%}", *figures))
-    return lines
 
 
 def attempts(suspects: Sequence[Record]) -> list[str]:
@@ -74,40 +57,6 @@ def not_run(suspects: Sequence[Record]) -> str:
     return f"The full scale needs a GPU. Not run yet: {', '.join(missing) or 'none'}."
 
 
-def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[str]:
-    """Attacks by detectors, with the mean, its bootstrap interval and the worst below, and over how many attacks these are."""
-    lines, attacks = [row("attack", *(TITLES[name] for name in DETECTORS)), row(*["---"] * (1 + len(DETECTORS)))], attacks_of(grouped)
-    found = {name: [mean(grouped.get((attack, name)), figure) for attack in attacks] for name in DETECTORS}
-    lines += [row(title(attack), *(shown(found[name][index]) for name in DETECTORS)) for index, attack in enumerate(attacks)]
-    values = {name: [value for value in found[name] if value is not None] for name in DETECTORS}
-    lines.append(row("**mean**", *(f"**{shown(float(np.mean(each)))}**" if each else "-" for each in values.values())))
-    lines.append(row("90% interval", *("-".join(shown(bound) for bound in bootstrap(each)) if each else "-" for each in values.values())))
-    lines.append(row("**worst**", *(f"**{shown(min(each))}**" if each else "-" for each in values.values())))
-    lines.append(row("attacks", *(str(len(each)) for each in values.values())))
-    return lines
-
-
-def table_of_costs(grouped: Cells) -> list[str]:
-    lines = [
-        row("detector", "FPR at 1%", "FPR at 5%", "ASR left at 1%", "accuracy lost at 1%", "passes an image", "ms an image", "seconds to calibrate"),
-        row(*["---"] * 8),
-    ]
-    for name in DETECTORS:
-        found = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
-        attacked = [record for record in found if record["attack"] != "clean"]
-        figures = (
-            shown(mean(found, lambda record: record["at"]["0.01"]["realised_fpr"]), 4),
-            shown(mean(found, lambda record: record["at"]["0.05"]["realised_fpr"]), 4),
-            shown(mean(attacked, lambda record: record["at"]["0.01"]["remaining_asr"])),
-            shown(mean(found, lambda record: record["at"]["0.01"]["accuracy_lost"]), 4),
-            shown(mean(found, lambda record: record["passes"]), 2),
-            shown(mean(found, lambda record: record["milliseconds"]), 2),
-            shown(mean(found, lambda record: record["fit_seconds"]), 0),
-        )
-        lines.append(row(TITLES[name], *figures))
-    return lines
-
-
 def summary(grouped: Cells, detector: str) -> str:
     """The means over attacks, in a line."""
     found = []
@@ -117,55 +66,7 @@ def summary(grouped: Cells, detector: str) -> str:
     return f"{detector} over {len(attacks_of(grouped))} attacks: {'; '.join(found)}"
 
 
-def table_of_detectors(grouped: Cells) -> list[str]:
-    """The README's: what each detector does over all attacks."""
-    lines = [row("detector", "TPR at 1% target, mean", "worst attack", "AUROC, mean", "realised FPR", "passes an image"), row(*["---"] * 6)]
-    for name in DETECTORS:
-        found = {attack: value for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, name)), tpr)) is not None}
-        if not found:
-            continue
-        worst = min(found, key=lambda attack: found[attack])
-        everything = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
-        figures = (
-            f"{np.mean(list(found.values())):.1%}",
-            f"{found[worst]:.1%} ({title(worst)})",
-            shown(mean([record for record in everything if record["attack"] != "clean"], auroc_masked)),
-            f"{mean(everything, lambda record: record['at']['0.01']['realised_fpr']) or 0:.2%}",
-            f"{mean(everything, lambda record: record['passes']) or 0:.1f}",
-        )
-        lines.append(row(TITLES[name], *figures))
-    return lines
-
-
-def weak(grouped: Cells, bound: float = 0.97) -> list[str]:
-    """Attacks on which the published recipe falls short."""
-    return [attack for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, "paper")), auroc_masked)) is not None and value < bound]
-
-
-def why(points: dict[str, Any]) -> str:
-    """What of the published argument fails, from some images' x and y: the expert should forget the task and keep the backdoor, the auxiliary the reverse."""
-    agree = {kind: [np.mean(np.asarray(values) >= 0.5) for values in points[kind]] for kind in ("clean", "triggered")}
-    (clean_x, clean_y), (triggered_x, triggered_y) = agree["clean"], agree["triggered"]
-    found = {
-        "the expert has not forgotten the task": clean_x >= 0.5,
-        "the expert lost the backdoor, too": triggered_x < 0.7,
-        "the auxiliary keeps the backdoor": triggered_y >= 0.3,
-        "the auxiliary errs on clean images": clean_y < 0.85,
-    }
-    return "; ".join(text for text, holds in found.items() if holds) or "clean and triggered images overlap at the edges"
-
-
-def table_of_reasons(grouped: Cells, attacks: Sequence[str]) -> list[str]:
-    """Attack by attack, what the two networks of the published recipe say."""
-    lines = [row("attack", "AUROC", "x, clean", "x, triggered", "y, clean", "y, triggered", "why"), row(*["---"] * 7)]
-    for attack in attacks:
-        points = grouped[attack, "paper"][0]["xy"]
-        medians = [shown(float(np.median(points[kind][index])), 2) for index in (0, 1) for kind in ("clean", "triggered")]
-        lines.append(row(title(attack), shown(mean(grouped[attack, "paper"], auroc_masked)), *medians, why(points)))
-    return lines
-
-
-def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
+def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence[Record]) -> str:
     """docs/results.md."""
     gated = f"an ASR of at least {MIN_ASR:.0%} and at most {MOST_LOST:.0%} of accuracy lost against the clean model of the same recipe"
     lines = [
@@ -206,6 +107,8 @@ def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
             *("", *table_of(grouped, auroc), ""),
             "AUROC as the paper reports it, of clean images that the suspect gets right and triggered ones that fool it:",
             *("", *table_of(grouped, auroc_masked), ""),
+            "Where another detector stops more than `auto` does, by the first table:",
+            *("", *table_of_rivals(grouped), ""),
             "What it costs, over the attacks above and the clean model:",
             *("", *table_of_costs(grouped), ""),
             *(f"![{what}](plots/{name}-{kind}.svg)" for kind, what in PICTURES.items() if attacks_of(grouped)),
@@ -218,4 +121,12 @@ def page(found: Sequence[Record], suspects: Sequence[Record]) -> str:
                 *("", *table_of_reasons(grouped, short), ""),
                 f"![x against y](plots/{name}-xy.svg)",
             ]
+    if promises:
+        lines += [
+            *("", "## The promised rate of false rejections", ""),
+            "Written by `python -m benchmarks.promise`. Clean test images are divided 200 times at random: n set the threshold, the others are judged by it.",
+            "Promised is the interval in which the rate lies with 90% probability, of images without end. A rate among those judged scatters more, which the",
+            "widened interval allows for: 90% of all divisions must lie in that one.",
+            *("", *table_of_promises(promises)),
+        ]
     return "\n".join(lines) + "\n"

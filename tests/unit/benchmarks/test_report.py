@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import records, zoo
+from benchmarks import promise, records, zoo
 from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README, filled
 from benchmarks.report.__main__ import PAGE, README_SCALE, SOURCE
 from benchmarks.report.cells import bootstrap, cells, tpr
-from benchmarks.report.page import attempts, not_evaluated, page, table_of, table_of_detectors, weak, why
+from benchmarks.report.page import attempts, not_evaluated, page
+from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, weak, why
 
 
 def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool 
 
 
 def test_the_page_is_written_from_the_records() -> None:
-    assert PAGE.read_text() == page(records.read(), zoo.records())
+    assert PAGE.read_text() == page(records.read(), zoo.records(), promise.read())
 
 
 def test_the_readmes_table_is_the_records() -> None:
@@ -105,3 +106,16 @@ def test_a_record_replaces_that_of_its_cell_alone(tmp_path: Any) -> None:
     assert sorted((each["detector"], each["auroc"]) for each in records.read(tmp_path)) == [("auto", 0.8), ("paper", 0.7)]
     assert records.recorded(record("badnet", "paper", 0.0), tmp_path)["auroc"] == 0.7  # type: ignore[index]
     assert records.recorded(record("badnet", "paper", 0.0, seed=1), tmp_path) is None
+
+
+def test_where_another_detector_is_ahead_is_told_by_attack() -> None:
+    ours, theirs = {"badnet": 1.0, "sig": 0.9, "wanet": 0.9, "blend": 0.5}, {"badnet": 0.2, "sig": 0.905, "wanet": 0.95}
+    found = [record(attack, name, value) for name, values in (("auto", ours), ("strip", theirs)) for attack, value in values.items()]
+    lines = table_of_rivals(cells(found, ("cifar10", "resnet20")))
+    assert lines[2:] == ["| STRIP | 3 | 1 | 1 | WaNet (by 0.050) |"]  # nothing is said of Blend, where only one has a figure
+
+
+def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:
+    found = {"n": 200, "target_fpr": 0.01, "interval": [0.002, 0.024], "mean_rate": 0.0099, "judged": 8800, "within_told": 0.875, "within_widened": 0.91}
+    lines = table_of_promises([{"suspect": "cifar10/resnet20/badnet", "preset": "auto", "found": [found]}])
+    assert lines[2:] == ["| cifar10/resnet20/badnet, `auto` | 200 | 1.0% | 0.20% to 2.40% | 0.99% | 8800 | 87.5% | 91.0% |"]

@@ -1,0 +1,137 @@
+"""The tables of docs/results.md and of the README, as lines of markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.detectors import DETECTORS, TITLES
+from benchmarks.records import Record
+from benchmarks.report.cells import Cells, attacks_of, auroc_masked, bootstrap, mean, title, tpr
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table_of_suspects(found: Sequence[Record]) -> list[str]:
+    lines = [row("data set", "network", "attack", "poisoned", "ASR", "clean accuracy", "of the clean model", "gate"), row(*["---"] * 8)]
+    for record in found:
+        reference = record["clean_reference"]
+        figures = (shown(record.get("asr")), shown(record["clean_accuracy"]), shown(reference), "passed" if record["passes_gate"] else "**failed**")
+        lines.append(row(record["dataset"], record["architecture"], title(record["attack"]), f"{record['rate']:.1%}", *figures))
+    return lines
+
+
+def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[str]:
+    """Attacks by detectors, with the mean, its bootstrap interval and the worst below, and over how many attacks these are."""
+    lines, attacks = [row("attack", *(TITLES[name] for name in DETECTORS)), row(*["---"] * (1 + len(DETECTORS)))], attacks_of(grouped)
+    found = {name: [mean(grouped.get((attack, name)), figure) for attack in attacks] for name in DETECTORS}
+    lines += [row(title(attack), *(shown(found[name][index]) for name in DETECTORS)) for index, attack in enumerate(attacks)]
+    values = {name: [value for value in found[name] if value is not None] for name in DETECTORS}
+    lines.append(row("**mean**", *(f"**{shown(float(np.mean(each)))}**" if each else "-" for each in values.values())))
+    lines.append(row("90% interval", *("-".join(shown(bound) for bound in bootstrap(each)) if each else "-" for each in values.values())))
+    lines.append(row("**worst**", *(f"**{shown(min(each))}**" if each else "-" for each in values.values())))
+    lines.append(row("attacks", *(str(len(each)) for each in values.values())))
+    return lines
+
+
+def table_of_rivals(grouped: Cells, noise: float = 0.01) -> list[str]:
+    """For each other detector, where it stops more than `auto` does, by more than so much TPR."""
+    lines = [row("detector", "attacks in both", "`auto` ahead", "level, within a point", "detector ahead"), row(*["---"] * 5)]
+    for name in DETECTORS:
+        pairs = {attack: (mean(grouped.get((attack, "auto")), tpr), mean(grouped.get((attack, name)), tpr)) for attack in attacks_of(grouped)}
+        gains = {attack: ours - theirs for attack, (ours, theirs) in pairs.items() if ours is not None and theirs is not None}
+        if name == "auto" or not gains:
+            continue
+        ahead, behind = sum(gain > noise for gain in gains.values()), {attack: -gain for attack, gain in gains.items() if gain < -noise}
+        told = ", ".join(f"{title(attack)} (by {gain:.3f})" for attack, gain in behind.items()) or "none"
+        lines.append(row(TITLES[name], str(len(gains)), str(ahead), str(len(gains) - ahead - len(behind)), told))
+    return lines
+
+
+def table_of_costs(grouped: Cells) -> list[str]:
+    lines = [
+        row("detector", "FPR at 1%", "FPR at 5%", "ASR left at 1%", "accuracy lost at 1%", "passes an image", "ms an image", "seconds to calibrate"),
+        row(*["---"] * 8),
+    ]
+    for name in DETECTORS:
+        found = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
+        attacked = [record for record in found if record["attack"] != "clean"]
+        figures = (
+            shown(mean(found, lambda record: record["at"]["0.01"]["realised_fpr"]), 4),
+            shown(mean(found, lambda record: record["at"]["0.05"]["realised_fpr"]), 4),
+            shown(mean(attacked, lambda record: record["at"]["0.01"]["remaining_asr"])),
+            shown(mean(found, lambda record: record["at"]["0.01"]["accuracy_lost"]), 4),
+            shown(mean(found, lambda record: record["passes"]), 2),
+            shown(mean(found, lambda record: record["milliseconds"]), 2),
+            shown(mean(found, lambda record: record["fit_seconds"]), 0),
+        )
+        lines.append(row(TITLES[name], *figures))
+    return lines
+
+
+def table_of_promises(found: Sequence[Record]) -> list[str]:
+    """For each guard, number of validation images and target: how often the promise was kept over random divisions."""
+    lines = [row("guard", "n", "target", "promised, 90%", "mean rate", "judged", "in the promised", "in the widened"), row(*["---"] * 8)]
+    for record in found:
+        for each in record["found"]:
+            low, high = each["interval"]
+            rates = (f"{each['target_fpr']:.1%}", f"{low:.2%} to {high:.2%}", f"{each['mean_rate']:.2%}", str(each["judged"]))
+            kept = (f"{each['within_told']:.1%}", f"{each['within_widened']:.1%}")
+            lines.append(row(f"{record['suspect']}, `{record['preset']}`", str(each["n"]), *rates, *kept))
+    return lines
+
+
+def table_of_detectors(grouped: Cells) -> list[str]:
+    """The README's: what each detector does over all attacks."""
+    lines = [row("detector", "TPR at 1% target, mean", "worst attack", "AUROC, mean", "realised FPR", "passes an image"), row(*["---"] * 6)]
+    for name in DETECTORS:
+        found = {attack: value for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, name)), tpr)) is not None}
+        if not found:
+            continue
+        worst = min(found, key=lambda attack: found[attack])
+        everything = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
+        figures = (
+            f"{np.mean(list(found.values())):.1%}",
+            f"{found[worst]:.1%} ({title(worst)})",
+            shown(mean([record for record in everything if record["attack"] != "clean"], auroc_masked)),
+            f"{mean(everything, lambda record: record['at']['0.01']['realised_fpr']) or 0:.2%}",
+            f"{mean(everything, lambda record: record['passes']) or 0:.1f}",
+        )
+        lines.append(row(TITLES[name], *figures))
+    return lines
+
+
+def weak(grouped: Cells, bound: float = 0.97) -> list[str]:
+    """Attacks on which the published recipe falls short."""
+    return [attack for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, "paper")), auroc_masked)) is not None and value < bound]
+
+
+def why(points: dict[str, Any]) -> str:
+    """What of the published argument fails, from some images' x and y: the expert should forget the task and keep the backdoor, the auxiliary the reverse."""
+    agree = {kind: [np.mean(np.asarray(values) >= 0.5) for values in points[kind]] for kind in ("clean", "triggered")}
+    (clean_x, clean_y), (triggered_x, triggered_y) = agree["clean"], agree["triggered"]
+    found = {
+        "the expert has not forgotten the task": clean_x >= 0.5,
+        "the expert lost the backdoor, too": triggered_x < 0.7,
+        "the auxiliary keeps the backdoor": triggered_y >= 0.3,
+        "the auxiliary errs on clean images": clean_y < 0.85,
+    }
+    return "; ".join(text for text, holds in found.items() if holds) or "clean and triggered images overlap at the edges"
+
+
+def table_of_reasons(grouped: Cells, attacks: Sequence[str]) -> list[str]:
+    """Attack by attack, what the two networks of the published recipe say."""
+    lines = [row("attack", "AUROC", "x, clean", "x, triggered", "y, clean", "y, triggered", "why"), row(*["---"] * 7)]
+    for attack in attacks:
+        points = grouped[attack, "paper"][0]["xy"]
+        medians = [shown(float(np.median(points[kind][index])), 2) for index in (0, 1) for kind in ("clean", "triggered")]
+        lines.append(row(title(attack), shown(mean(grouped[attack, "paper"], auroc_masked)), *medians, why(points)))
+    return lines

@@ -15,6 +15,7 @@ from benchmarks.report.tables import shown, table_of, table_of_costs, table_of_p
 from benchmarks.scales import FULL
 from benchmarks.train import MIN_ASR, MOST_LOST
 
+CHOSEN_ON = ("badnet", "blend")
 PICTURES = {"heat": "TPR by attack and detector", "roc": "ROC curves", "cost": "Cost against TPR"}
 
 
@@ -66,6 +67,15 @@ def summary(grouped: Cells, detector: str) -> str:
     return f"{detector} over {len(attacks_of(grouped))} attacks: {'; '.join(found)}"
 
 
+def left_out(grouped: Cells) -> str:
+    """What `auto` does on the attacks that had no part in the choice of its score."""
+    values = [value for attack in attacks_of(grouped) if attack not in CHOSEN_ON and (value := mean(grouped.get((attack, "auto")), tpr)) is not None]
+    known = " and ".join(map(title, CHOSEN_ON))
+    figures = f"the mean is {shown(float(np.mean(values)))} and the worst {shown(min(values))}" if values else "nothing is measured"
+    chosen = f"The score of `auto` was chosen on other suspects of {known} ([decision 4](decisions/0004-auto-adds-evidence-up.md))"
+    return f"{chosen}. Over the {len(values)} attacks that had no part in that {figures}."
+
+
 def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence[Record]) -> str:
     """docs/results.md."""
     gated = f"an ASR of at least {MIN_ASR:.0%} and at most {MOST_LOST:.0%} of accuracy lost against the clean model of the same recipe"
@@ -101,6 +111,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
             *("", f"## {dataset}, {architecture}", ""),
             "TPR at 1% FPR: the share of triggered images that fool the suspect and are rejected, at a threshold that all clean validation images set.",
             *("", *table_of(grouped, tpr), ""),
+            *(left_out(grouped), ""),
             "The same, of all triggered images, whether they fool the suspect or not:",
             *("", *table_of(grouped, tpr_of_all), ""),
             "AUROC, of all clean and all triggered images:",

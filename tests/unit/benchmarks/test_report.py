@@ -12,7 +12,7 @@ from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README, filled
 from benchmarks.report.__main__ import PAGE, README_SCALE, SOURCE
 from benchmarks.report.cells import bootstrap, cells, tpr
-from benchmarks.report.page import attempts, not_evaluated, page
+from benchmarks.report.page import attempts, left_out, not_evaluated, page
 from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, weak, why
 
 
@@ -119,3 +119,9 @@ def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:
     found = {"n": 200, "target_fpr": 0.01, "interval": [0.002, 0.024], "mean_rate": 0.0099, "judged": 8800, "within_told": 0.875, "within_widened": 0.91}
     lines = table_of_promises([{"suspect": "cifar10/resnet20/badnet", "preset": "auto", "found": [found]}])
     assert lines[2:] == ["| cifar10/resnet20/badnet, `auto` | 200 | 1.0% | 0.20% to 2.40% | 0.99% | 8800 | 87.5% | 91.0% |"]
+
+
+def test_what_auto_was_chosen_on_is_left_out_of_a_mean_of_its_own() -> None:
+    found = [record("badnet", "auto", 1.0), record("sig", "auto", 0.5), record("wanet", "auto", 0.7), record("sig", "strip", 0.1)]
+    assert left_out(cells(found, ("cifar10", "resnet20"))).endswith("Over the 2 attacks that had no part in that the mean is 0.600 and the worst 0.500.")
+    assert left_out(cells(found[:1], ("cifar10", "resnet20"))).endswith("Over the 0 attacks that had no part in that nothing is measured.")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import csv
-import gzip
 import io
 import json
 import random
-import re
-import struct
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +29,8 @@ from models.checkpoint.state_dict import hints_of, locate
 from models.checkpoint.torch_pickle import interpret
 from models.errors import CheckpointProblem, CleanSetProblem, ImageProblem, Problem
 from models.preprocessing import Preprocessing, decode
+from tests.fuzz.mending import gunzip, mend_png, mend_tar, mend_tar_gz, mend_zip
+from tests.fuzz.shaking import shake_header, shake_parts
 
 FEW = Limits(images=64, entries=256, image_bytes=1 << 20, inflated_bytes=64 << 20, memory_bytes=64 << 20, pixels=50_000_000, min_images=2)
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # memory: the disk would be the slowest part
@@ -302,116 +299,6 @@ def images() -> list[bytes]:
     webps = [encoded(rgb, "WEBP", lossless=lossless) for lossless in (False, True)]
     moving = [encoded(rgb, kind, save_all=True, append_images=[rgb.rotate(90)]) for kind in ("PNG", "WEBP")]
     return [*pngs, encoded(rgb, "PNG", interlace=1), *jpegs, *webps, *moving]
-
-
-# ---- mending: checksums would keep the fuzzer at the door
-
-
-def mend_tar(data: bytes) -> bytes:
-    """Every block that says ustar gets the checksum that fits it."""
-    whole = bytearray(data)
-    for at in range(0, len(whole) - 511, 512):
-        if whole[at + 257 : at + 262] == b"ustar":
-            whole[at + 148 : at + 156] = b" " * 8
-            whole[at + 148 : at + 156] = b"%06o\0 " % sum(whole[at : at + 512])
-    return bytes(whole)
-
-
-def mend_tar_gz(data: bytes) -> bytes:
-    return gzip.compress(mend_tar(data), 1, mtime=0)
-
-
-def gunzip(data: bytes) -> bytes:
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error):
-        return data
-
-
-def mend_png(data: bytes) -> bytes:
-    """Every chunk that is where its predecessor ends gets the checksum that fits it; IEND stays at the end."""
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data
-    whole, at = bytearray(data), 8
-    while at + 12 <= len(whole):
-        (length,) = struct.unpack_from(">I", whole, at)
-        if at + 12 + length > len(whole):
-            break
-        struct.pack_into(">I", whole, at + 8 + length, zlib.crc32(whole[at + 4 : at + 8 + length]))
-        at += 12 + length
-    end = b"\0\0\0\0IEND\xaeB`\x82"
-    return bytes(whole) if whole.endswith(end) else bytes(whole) + end
-
-
-def mend_zip(data: bytes) -> bytes:
-    """Stored members get the checksum that fits them, in their own header and in the directory."""
-    whole = bytearray(data)
-    for found in re.finditer(b"PK\\x01\\x02", data):
-        at = found.start()
-        if at + 46 > len(whole):
-            continue
-        method, packed, begin = *struct.unpack_from("<H", whole, at + 10), *struct.unpack_from("<I", whole, at + 20), *struct.unpack_from("<I", whole, at + 42)
-        if method == 0 and whole[begin : begin + 4] == b"PK\3\4" and begin + 30 <= len(whole):
-            start = begin + 30 + sum(struct.unpack_from("<HH", whole, begin + 26))
-            crc = zlib.crc32(whole[start : start + packed])
-            struct.pack_into("<I", whole, at + 16, crc)
-            struct.pack_into("<I", whole, begin + 14, crc)
-    return bytes(whole)
-
-
-# ---- shaking: bytes that are mutated blindly are seldom JSON
-
-STRANGE: list[Any] = [
-    *(None, True, False, 0, 1, 2, 7, -1, 1 << 31, 1 << 62, 1 << 64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")),
-    *("", "0", "a", "\ud800", "\0", "x" * 600, "../x", [], {}, [[]], [0], {"": 0}, [1] * 100),
-]
-
-
-def shaken(text: bytes, chance: random.Random) -> bytes:
-    """JSON with up to three values replaced, moved, doubled or left out."""
-    tree = json.loads(text)
-    for _ in range(chance.randint(1, 3)):
-        if not (slots := list(_slots(tree))):
-            return json.dumps(chance.choice(STRANGE)).encode()
-        (holder, key), (other, where) = chance.choice(slots), chance.choice(slots)
-        match chance.randrange(4):
-            case 0:
-                holder[key] = copy.deepcopy(chance.choice(STRANGE))
-            case 1:
-                holder[key] = copy.deepcopy(other[where])
-            case 2:
-                del holder[key]
-            case _ if isinstance(holder, list):
-                holder.append(copy.deepcopy(other[where]))
-            case _:
-                holder[str(where)] = copy.deepcopy(other[where])
-    return json.dumps(tree, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
-
-
-def _slots(tree: Any) -> Iterator[tuple[Any, Any]]:
-    waiting = [tree]
-    while waiting:
-        holder = waiting.pop()
-        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
-        for key in keys:
-            yield holder, key
-            waiting.append(holder[key])
-
-
-def shake_parts(separator: bytes) -> Callable[[bytes, random.Random], bytes]:
-    def shake(data: bytes, chance: random.Random) -> bytes:
-        parts = data.split(separator)
-        at = chance.randrange(len(parts))
-        return separator.join([*parts[:at], shaken(parts[at], chance), *parts[at + 1 :]])
-
-    return shake
-
-
-def shake_header(data: bytes, chance: random.Random) -> bytes:
-    """Of a safetensors file."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    text = shaken(data[8:end], chance)
-    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 READERS = {

@@ -40,7 +40,7 @@ from models.parallel import cpu_threads
 TARGETS = (0.01, 0.05)
 RATES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the ROC curves in the plots
 MOST_TRIGGERED, SHOWN = 1000, 150  # triggered images that are reported, and points of the plots of x against y
-AGREES, AGREES_TRAINED = 0.02, 0.08  # a rerun may differ so much in AUROC: processors round differently, and training makes more of it
+AGREES = 0.02  # a rerun may differ so much in what the suspect answers; in AUROC by what its detector says
 
 
 def evaluate(suspect: Kept, detector: Detector, test: Split, seed: int, device: torch.device) -> records.Record:
@@ -108,7 +108,7 @@ def compared(record: records.Record, root: Path = records.RESULTS) -> records.Re
     if known is None:
         return {**record, "recorded": None}
     names = [name for name in ("auroc", "asr", "clean_accuracy") if record.get(name) is not None]
-    allowed = {"auroc": AGREES_TRAINED if DETECTORS[record["detector"]]().trains else AGREES}
+    allowed = {"auroc": DETECTORS[record["detector"]]().repeats}
     same = [known.get(name) is not None and abs(record[name] - known[name]) <= allowed.get(name, AGREES) for name in names]
     agrees = all(same) if same else record.get("not_applicable") == known.get("not_applicable")
     return {**record, "recorded": {"commit": known["commit"], **{name: known.get(name) for name in (*names, "at")}}, "agrees": agrees}

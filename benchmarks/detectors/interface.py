@@ -45,8 +45,8 @@ class Detector(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
-    trains: ClassVar[bool] = False  # finetunes networks: a rerun on another processor then comes out as another seed would
     passes: float  # forward passes of the suspect's size an image costs, its own prediction included
+    repeats: float = 0.02  # how near its AUROC comes to the recorded one on another processor, which rounds differently
 
     @abstractmethod
     def fit(self, suspect: Observed, clean: LabelledPixels, validation: LabelledPixels, seed: int) -> dict[str, Any]:

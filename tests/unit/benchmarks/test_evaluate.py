@@ -22,8 +22,10 @@ def record(detector: str, **changed: Any) -> records.Record:
         ("strip", {}, True),
         ("strip", {"auroc": 0.885}, True),
         ("strip", {"auroc": 0.85}, False),
-        ("paper", {"auroc": 0.85}, True),  # it trains networks
-        ("paper", {"auroc": 0.8}, False),
+        ("paper", {"auroc": 0.8}, True),  # it trains networks, and hardly settles
+        ("paper", {"auroc": 0.75}, False),
+        ("auto", {"auroc": 0.875}, True),
+        ("auto", {"auroc": 0.86}, False),
         ("paper", {"asr": 0.85}, False),  # what the suspect answers trains nothing
         ("strip", {"clean_accuracy": 0.8}, False),
     ],

@@ -91,7 +91,7 @@ def table_of_promises(found: Sequence[Record]) -> list[str]:
 
 def table_of_detectors(grouped: Cells) -> list[str]:
     """The README's: what each detector does over all attacks."""
-    lines = [row("detector", "TPR at 1% target, mean", "worst attack", "AUROC, mean", "realised FPR", "passes an image"), row(*["---"] * 6)]
+    lines = [row("detector", "attacks", "TPR at 1% target, mean", "worst attack", "AUROC, mean", "realised FPR", "passes an image"), row(*["---"] * 7)]
     for name in DETECTORS:
         found = {attack: value for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, name)), tpr)) is not None}
         if not found:
@@ -99,6 +99,7 @@ def table_of_detectors(grouped: Cells) -> list[str]:
         worst = min(found, key=lambda attack: found[attack])
         everything = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
         figures = (
+            str(len(found)),
             f"{np.mean(list(found.values())):.1%}",
             f"{found[worst]:.1%} ({title(worst)})",
             shown(mean([record for record in everything if record["attack"] != "clean"], auroc_masked)),

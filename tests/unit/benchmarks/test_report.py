@@ -125,3 +125,8 @@ def test_what_auto_was_chosen_on_is_left_out_of_a_mean_of_its_own() -> None:
     found = [record("badnet", "auto", 1.0), record("sig", "auto", 0.5), record("wanet", "auto", 0.7), record("sig", "strip", 0.1)]
     assert left_out(cells(found, ("cifar10", "resnet20"))).endswith("Over the 2 attacks that had no part in that the mean is 0.600 and the worst 0.500.")
     assert left_out(cells(found[:1], ("cifar10", "resnet20"))).endswith("Over the 0 attacks that had no part in that nothing is measured.")
+
+
+def test_an_attack_with_more_seeds_weighs_no_more_in_the_readmes_means() -> None:
+    found = [record("badnet", "auto", 0.5), record("badnet", "auto", 0.7, seed=1), record("sig", "auto", 1.0)]
+    assert table_of_detectors(cells(found, README_SCALE))[2] == "| `auto` | 2 | 80.0% | 60.0% (BadNet) | 0.800 | 1.00% | 1.0 |"

@@ -72,3 +72,9 @@ def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, floa
 
 def attacks_of(grouped: Cells) -> list[str]:
     return [attack for attack in ATTACKS if any(attack == key[0] for key in grouped)]
+
+
+def by_attack(grouped: Cells, detector: str, figure: Callable[[Record], float | None]) -> dict[str, float]:
+    """A detector's figure for each attack that it was tried on and applies to."""
+    found = {attack: mean(grouped.get((attack, detector)), figure) for attack in attacks_of(grouped)}
+    return {attack: value for attack, value in found.items() if value is not None}

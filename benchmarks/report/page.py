@@ -10,7 +10,7 @@ from benchmarks.attacks import ATTACKS
 from benchmarks.data import DATASETS
 from benchmarks.detectors import DETECTORS
 from benchmarks.records import Record
-from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, cells, mean, scales, title, tpr, tpr_of_all, within
+from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, by_attack, cells, scales, title, tpr, tpr_of_all, within
 from benchmarks.report.tables import shown, table_of, table_of_costs, table_of_promises, table_of_reasons, table_of_rivals, table_of_suspects, weak
 from benchmarks.scales import FULL
 from benchmarks.train import MIN_ASR, MOST_LOST
@@ -62,14 +62,14 @@ def summary(grouped: Cells, detector: str) -> str:
     """The means over attacks, in a line."""
     found = []
     for what, figure in {"AUROC": auroc, "AUROC masked": auroc_masked, "TPR at 1% FPR": tpr}.items():
-        values = [value for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, detector)), figure)) is not None]
+        values = list(by_attack(grouped, detector, figure).values())
         found.append(f"{what} mean {shown(float(np.mean(values)))}, worst {shown(min(values))}" if values else f"{what} -")
     return f"{detector} over {len(attacks_of(grouped))} attacks: {'; '.join(found)}"
 
 
 def left_out(grouped: Cells) -> str:
     """What `auto` does on the attacks that had no part in the choice of its score."""
-    values = [value for attack in attacks_of(grouped) if attack not in CHOSEN_ON and (value := mean(grouped.get((attack, "auto")), tpr)) is not None]
+    values = [value for attack, value in by_attack(grouped, "auto", tpr).items() if attack not in CHOSEN_ON]
     known = " and ".join(map(title, CHOSEN_ON))
     figures = f"the mean is {shown(float(np.mean(values)))} and the worst {shown(min(values))}" if values else "nothing is measured"
     chosen = f"The score of `auto` was chosen on other suspects of {known} ([decision 4](decisions/0004-auto-adds-evidence-up.md))"

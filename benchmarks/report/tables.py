@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.detectors import DETECTORS, TITLES
 from benchmarks.records import Record
-from benchmarks.report.cells import Cells, attacks_of, auroc_masked, bootstrap, mean, title, tpr
+from benchmarks.report.cells import Cells, attacks_of, auroc_masked, bootstrap, by_attack, mean, title, tpr
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -44,10 +44,10 @@ def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[s
 
 def table_of_rivals(grouped: Cells, noise: float = 0.01) -> list[str]:
     """For each other detector, where it stops more than `auto` does, by more than so much TPR."""
+    ours = by_attack(grouped, "auto", tpr)
     lines = [row("detector", "attacks in both", "`auto` ahead", "level, within a point", "detector ahead"), row(*["---"] * 5)]
     for name in DETECTORS:
-        pairs = {attack: (mean(grouped.get((attack, "auto")), tpr), mean(grouped.get((attack, name)), tpr)) for attack in attacks_of(grouped)}
-        gains = {attack: ours - theirs for attack, (ours, theirs) in pairs.items() if ours is not None and theirs is not None}
+        gains = {attack: ours[attack] - theirs for attack, theirs in by_attack(grouped, name, tpr).items() if attack in ours}
         if name == "auto" or not gains:
             continue
         ahead, behind = sum(gain > noise for gain in gains.values()), {attack: -gain for attack, gain in gains.items() if gain < -noise}
@@ -93,7 +93,7 @@ def table_of_detectors(grouped: Cells) -> list[str]:
     """The README's: what each detector does over all attacks."""
     lines = [row("detector", "attacks", "TPR at 1% target, mean", "worst attack", "AUROC, mean", "realised FPR", "passes an image"), row(*["---"] * 7)]
     for name in DETECTORS:
-        found = {attack: value for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, name)), tpr)) is not None}
+        found = by_attack(grouped, name, tpr)
         if not found:
             continue
         worst = min(found, key=lambda attack: found[attack])
@@ -102,7 +102,7 @@ def table_of_detectors(grouped: Cells) -> list[str]:
             str(len(found)),
             f"{np.mean(list(found.values())):.1%}",
             f"{found[worst]:.1%} ({title(worst)})",
-            shown(float(np.mean([mean(grouped[attack, name], auroc_masked) for attack in found]))),
+            shown(float(np.mean(list(by_attack(grouped, name, auroc_masked).values())))),
             f"{mean(everything, lambda record: record['at']['0.01']['realised_fpr']) or 0:.2%}",
             f"{mean(everything, lambda record: record['passes']) or 0:.1f}",
         )
@@ -112,7 +112,7 @@ def table_of_detectors(grouped: Cells) -> list[str]:
 
 def weak(grouped: Cells, bound: float = 0.97) -> list[str]:
     """Attacks on which the published recipe falls short."""
-    return [attack for attack in attacks_of(grouped) if (value := mean(grouped.get((attack, "paper")), auroc_masked)) is not None and value < bound]
+    return [attack for attack, value in by_attack(grouped, "paper", auroc_masked).items() if value < bound]
 
 
 def why(points: dict[str, Any]) -> str:

@@ -26,7 +26,6 @@ from benchmarks.zoo import ROOT, Suspect, keep, load, records
 from calibration.augment import crop_flip
 from models import architectures
 
-BATCH = 128
 MIN_ASR, MOST_LOST = 0.8, 0.02  # the gate
 
 
@@ -44,7 +43,7 @@ def train(
     source, device = torch.Generator().manual_seed(seed), data.images.device
     inputs = Surrogate(nn.Identity(), dataset.preprocessing).to(device)
     forward = torch.compile(network) if compiled else network  # an epoch takes two thirds of the time on a CPU; needs a C++ compiler
-    steps = recipe.epochs * (len(data.labels) // BATCH)
+    steps = recipe.epochs * (len(data.labels) // recipe.batch)
     if not steps:
         return
     optimizer = torch.optim.SGD(network.parameters(), recipe.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -53,9 +52,9 @@ def train(
     optimizers = [optimizer, *([torch.optim.Adam(learned, 1e-3)] if learned else [])]
     for epoch in range(recipe.epochs):
         network.train()
-        total = 0.0
-        for rows in torch.randperm(len(data.labels), generator=source).split(BATCH):
-            if len(rows) < BATCH:
+        total = torch.zeros((), device=device)  # read once an epoch: each look at it waits for the device
+        for rows in torch.randperm(len(data.labels), generator=source).split(recipe.batch):
+            if len(rows) < recipe.batch:
                 continue
             images, labels = crop_flip(data.images[rows], source, mirror=dataset.mirror).float() / 255, data.labels[rows]
             penalty: Tensor | float = 0.0
@@ -71,8 +70,8 @@ def train(
             for each in optimizers:
                 each.step()
             schedule.step()
-            total += loss.item() * len(rows)
-        after_epoch(epoch, total / len(data.labels))
+            total += loss.detach() * len(rows)
+        after_epoch(epoch, total.item() / len(data.labels))
 
 
 @torch.inference_mode()
@@ -91,11 +90,6 @@ def measure(network: nn.Module, attack: Attack | None, test: Split, dataset: Dat
         result["asr"] = hits.float().mean().item()
         attack.train()
     return {key: round(value, 4) for key, value in result.items()}
-
-
-def described(recipe: Recipe) -> dict[str, Any]:
-    """As it is recorded."""
-    return {**vars(recipe), "batch": BATCH}
 
 
 def attempts(suspect: Suspect, zoo: Path) -> list[dict[str, Any]]:
@@ -127,7 +121,7 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
         attack.prepare(training, surrogate, source)
         data = attack.poison(training, rate, source)
         reference, made = load(clean, zoo).record["clean_accuracy"], load(clean, zoo).record["recipe"]
-        if attack.recipe is None and made != described(recipe):
+        if attack.recipe is None and made != vars(recipe):
             raise ValueError(f"the clean model of the zoo was trained with {made}, and a suspect is compared with one of the same recipe")
         if attack.recipe is not None:
             network = load(clean, zoo).network
@@ -147,7 +141,7 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
     record = {
         **vars(suspect),
         "rate": rate if attack else 0.0,
-        "recipe": described(recipe),
+        "recipe": vars(recipe),
         **figures,
         "clean_reference": reference,
         "passes_gate": reference is None or (figures["asr"] >= MIN_ASR and figures["clean_accuracy"] >= reference - MOST_LOST),
@@ -167,13 +161,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="share of the training images that carry the trigger (default: the attack's own)")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=0.2)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="faster on a CPU; needs a C++ compiler")
     parser.add_argument("--zoo", type=Path, default=ROOT)
     args = parser.parse_args()
     suspect = Suspect(args.dataset, args.architecture, args.attack, args.seed)
-    print(json.dumps(make(suspect, Recipe(args.epochs, args.lr), args.rate, torch.device(args.device), args.zoo, args.compile)))
+    print(json.dumps(make(suspect, Recipe(args.epochs, args.lr, args.batch), args.rate, torch.device(args.device), args.zoo, args.compile)))
 
 
 if __name__ == "__main__":

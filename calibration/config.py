@@ -83,6 +83,8 @@ class AutoRecipe:
     """Constants of the first `auto` preset, what depends on the suspect is found on held-back images."""
 
     tail_share: float = 0.1  # the experts train only the last tenth of the network: "last block only" of a ResNet-20
+    distance_shares: tuple[float, ...] = (0.2,)  # distances are measured with so much of the network behind, where the experts begin, and at its end
+    asked: float = 0.1  # share of clean images that the cheap evidence finds suspicious enough to ask the auxiliary
     experts: int = 3  # one random derangement is a gamble, the geometric mean of three is not
     expert_lr: float = 3e-4
     expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from calibration.config import CalibrationConfig
+from calibration.config import AutoRecipe, CalibrationConfig
+from calibration.fusion import fuse
 from calibration.material import Inputs, prepare, read
 from calibration.presets import train
 from calibration.progress import Progress, Tracker
 from calibration.resume import Resume
 from calibration.summary import measure_accuracies, summarise
 from models import bundle
-from models.guard import Guard, fuse
+from models.guard import Guard
 from models.registry import Registry
 from models.threshold import conformal_threshold
 
@@ -62,8 +63,8 @@ def calibrate(
     with tracker.stage("threshold"):
         guard = Guard(material.network, trained.experts, trained.auxiliary, material.preprocessing, cuts=trained.cuts, c=trained.c)
         if material.held_back is not None and trained.cuts is not None:
-            guard = fuse(guard, material.fit.pixels, material.fit.labels, material.held_back.pixels, material.num_classes)
-        judged = guard.judge(material.validation.pixels)
+            guard = fuse(guard, material.fit, material.held_back, material.num_classes, AutoRecipe.asked)
+        judged = guard.judge(material.validation.pixels, ungated=True)  # the report draws y
         threshold = conformal_threshold(judged.score, config.target_fpr)
         accuracies = measure_accuracies(guard, material, trained, judged)
     with tracker.stage("report"):
@@ -83,7 +84,7 @@ def calibrate(
             cuts=trained.cuts,
             experts=len(trained.experts),
             c=trained.c,
-            scales=None if guard.fusion is None else guard.fusion.scales,
+            scales=guard.scales,
             threshold=threshold,
         )
         reports = {"report.json": json.dumps(report, indent=1, allow_nan=False), "report.html": html}

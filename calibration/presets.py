@@ -63,7 +63,7 @@ def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker
 def _train_auto(config: CalibrationConfig, material: Material, held_back: LabelledPixels, tracker: Tracker, resume: Resume) -> Trained:
     recipe, suspect, fit, preprocessing = AutoRecipe(), material.network, material.fit, material.preprocessing
     with tracker.stage("expert") as step:
-        cuts, share = _choose_cuts(suspect, preprocessing.normalise(fit.pixels[:1]), recipe.tail_share)
+        cuts, share = _choose_cuts(suspect, preprocessing.normalise(fit.pixels[:1]), recipe)
         cut = None if cuts is None else cuts.experts
 
         def make_experts() -> Made:
@@ -123,10 +123,11 @@ def _curve(known: dict[str, Sequence[Any]]) -> Curve:
     return Curve(**{name: tuple(values) for name, values in known.items()})
 
 
-def _choose_cuts(network: nn.Module, example: Tensor, tail_share: float) -> tuple[Cuts | None, float]:
+def _choose_cuts(network: nn.Module, example: Tensor, recipe: AutoRecipe) -> tuple[Cuts | None, float]:
     """Where to cut, and the share of the network behind it. None for a network that cannot be: its experts are then whole copies of it."""
     try:
-        cut = trunk.choose_cut(network, example, tail_share)
-        return Cuts(experts=cut.name, features=trunk.feature_cut(network, example).name), cut.tail_share
+        cut = trunk.choose_cut(network, example, recipe.tail_share)
+        places = trunk.places(network, example, (recipe.tail_share, *recipe.distance_shares))
+        return Cuts(experts=cut.name, places=tuple(place.name for place in places)), cut.tail_share
     except trunk.CannotCut:
         return None, 1.0

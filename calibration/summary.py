@@ -30,7 +30,7 @@ def measure_accuracies(guard: Guard, material: Material, trained: Trained, judge
 
     with torch.inference_mode():
         inputs = [guard.preprocessing.normalise(part) for part in validation.pixels.split(256)]
-        shared = [guard.parts[0](batch) for batch in inputs]
+        shared = [guard.evidence(batch).shared for batch in inputs]
         return {
             "suspect": (judged.prediction == validation.labels.cpu()).float().mean().item(),
             "experts": [right(expert, shared) for expert in trained.experts],

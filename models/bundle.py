@@ -23,13 +23,13 @@ from models import architectures, trunk
 from models.distance import Distance
 from models.durable import sync_folder, write_file
 from models.errors import BundleNotReady, ConfigInvalid
-from models.guard import Cuts, Fusion, Guard
+from models.guard import Cuts, Fusion, Guard, Scales
 from models.preprocessing import Preprocessing
 from models.score import Scale
 from models.threshold import Threshold
 
-SCHEMA = 2
-READABLE = (1, SCHEMA)  # the first knew no architecture_options, and no preprocessing with another aspect
+SCHEMA = 3
+READABLE = (1, 2, SCHEMA)  # the first knew no architecture_options, and no preprocessing with another aspect; the second one distance, and no gate
 _WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")
 _REPORTS = ("report.json", "report.html")
 
@@ -47,7 +47,7 @@ class Description:
     cuts: Cuts | None
     experts: int
     c: float
-    scales: tuple[Scale, Scale, Scale] | None  # of the fused score; None for the published one
+    scales: Scales | None  # of the fused score; None for the published one
     threshold: Threshold
     architecture_options: dict[str, Any] = field(default_factory=dict)  # what the network is built from beside its name
 
@@ -58,8 +58,8 @@ class Description:
     def from_json(cls, value: dict[str, Any]) -> Description:
         threshold = Threshold(**{**value["threshold"], "interval": tuple(value["threshold"]["interval"])})
         preprocessing = Preprocessing.from_json(value["preprocessing"])
-        cuts = None if value["cuts"] is None else Cuts(**value["cuts"])
-        scales = None if value["scales"] is None else tuple(Scale(**scale) for scale in value["scales"])
+        cuts = None if value["cuts"] is None else Cuts(value["cuts"]["experts"], tuple(value["cuts"]["places"]))
+        scales = None if value["scales"] is None else _scales(**value["scales"])
         parsed = {"class_names": tuple(value["class_names"]), "preprocessing": preprocessing, "cuts": cuts, "scales": scales, "threshold": threshold}
         return cls(**{**value, **parsed})
 
@@ -81,7 +81,7 @@ def write(folder: Path, description: Description, guard: Guard, validation_score
         "suspect": guard.suspect.state_dict(),
         "experts": guard.experts.state_dict(),  # keys "0.<key>", "1.<key>", ...
         "auxiliary": guard.auxiliary.state_dict(),
-        "distance": {} if guard.fusion is None else guard.fusion.distance.state_dict(),
+        "distance": guard.distances.state_dict(),  # keys "0.centres", "0.whitening", ...
         "validation": {"scores": validation_scores.sort().values},
     }
     hashes = {}
@@ -126,7 +126,7 @@ def read(folder: Path) -> Bundle:
             experts.append(expert.to(memory_format=torch.channels_last))
         fusion = None
         if description.scales is not None:
-            fusion = Fusion(Distance(tensors["distance"]["means"], tensors["distance"]["whitening"]), description.scales)
+            fusion = Fusion(_distances(tensors["distance"], len(description.scales.distances)), description.scales)
         guard = Guard(suspect, experts, auxiliary, description.preprocessing, cuts=description.cuts, fusion=fusion, c=description.c)
         return Bundle(manifest["bundle_id"], description, guard, tensors["validation"]["scores"], manifest["record"])
     except ConfigInvalid as problem:
@@ -148,8 +148,30 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise BundleNotReady("The bundle's manifest is missing or damaged.") from error
 
 
+def _scales(expert: dict[str, float], distances: list[dict[str, float]], auxiliary: dict[str, float], gate: float) -> Scales:
+    return Scales(Scale(**expert), tuple(Scale(**scale) for scale in distances), Scale(**auxiliary), gate)
+
+
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of an older schema as the present one has it: one place, and a gate that every image passes, judge as they did then."""
+    if content["schema"] < 3:
+        if content["cuts"] is not None:
+            content = {**content, "cuts": {"experts": content["cuts"]["experts"], "places": [content["cuts"]["features"]]}}
+        if content["scales"] is not None:
+            expert, auxiliary, distance = content["scales"]
+            content = {**content, "scales": {"expert": expert, "distances": [distance], "auxiliary": auxiliary, "gate": 0.0}}
+    return content
+
+
+def _distances(kept: dict[str, Tensor], count: int) -> list[Distance]:
+    if "means" in kept:  # of schema 1 or 2
+        return [Distance(kept["means"] @ kept["whitening"], kept["whitening"])]
+    return [Distance(kept[f"{place}.centres"], kept[f"{place}.whitening"]) for place in range(count)]
+
+
 def _description(content: dict[str, Any]) -> Description:
     try:
+        content = _upgraded(content)
         return Description.from_json({key: value for key, value in content.items() if key not in ("schema", "sha256")})
     except (KeyError, TypeError, ValueError) as error:
         raise BundleNotReady("The bundle's manifest lacks something.") from error

@@ -1,36 +1,46 @@
 """How far an image's features lie from those of the class that the suspect gave it: evidence that costs no extra pass.
 
 The class-conditional Mahalanobis distance (Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
-Attacks") of the suspect's own penultimate features, with one covariance for all classes. A triggered image is called the target class, but its
-features seldom look like that class's. It is blind where an attack shapes the features themselves, and strong where the experts are weak.
+Attacks") of what the suspect computes anyway, with one covariance for all classes. A triggered image is called the target class, but somewhere on its
+way through the network it seldom looks like that class: before the head where the trigger is all that the suspect sees, some blocks earlier where an
+attack shapes the last features themselves. So it is measured at several places.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+GRID, MOST = 2, 512  # fields a side of a map, and dimensions that are compared at one place
 
 
 class Distance(nn.Module):
-    """means: float32 [C, D], one for each class; whitening: float32 [D, D], with whitening @ whitening.T the inverse covariance."""
+    """At one place. whitening: float32 [D, K], with whitening @ whitening.T the inverse covariance; centres: float32 [C, K], the class means, whitened."""
 
-    means: Tensor
+    centres: Tensor
     whitening: Tensor
 
-    def __init__(self, means: Tensor, whitening: Tensor) -> None:
+    def __init__(self, centres: Tensor, whitening: Tensor) -> None:
         super().__init__()
-        self.register_buffer("means", means)
+        self.register_buffer("centres", centres)
         self.register_buffer("whitening", whitening)
 
     def forward(self, features: Tensor, prediction: Tensor) -> Tensor:
-        """Squared distances, float64 [N]; features as `penultimate` gives them, [N, D], prediction int64 [N]."""
-        return ((features - self.means[prediction]) @ self.whitening).double().square().sum(1)
+        """Squared distances, float64 [N]; features as `vectors` gives them, [N, D], prediction int64 [N]."""
+        return (features @ self.whitening - self.centres[prediction]).double().square().sum(1)
 
 
-def penultimate(features: Tensor) -> Tensor:
-    """What stands before the head as one vector an image: maps are averaged over space, token sequences over tokens; float32 [N, D]."""
+def vectors(features: Tensor) -> Tensor:
+    """One vector an image, float32 [N, D]: maps are averaged over the fields of a 2x2 grid, token sequences over tokens.
+
+    Over the grid, not over the whole map: a patch changes the features of one corner, whose mean over the image may be any other image's.
+    """
     if features.ndim == 4:
-        features = features.mean((2, 3))  # [N, D, H, W] -> [N, D]
+        if features.shape[1] == features.shape[2] != features.shape[3]:  # square maps with channels last, as in a Swin
+            features = features.permute(0, 3, 1, 2)
+        height, width = features.shape[2:]
+        features = adaptive_avg_pool2d(features.float(), (min(GRID, height), min(GRID, width))).flatten(1)  # [N, D, H, W] -> [N, 4 D]
     elif features.ndim == 3:
         features = features.mean(1)  # [N, T, D] -> [N, D]
     return features.float()
@@ -40,15 +50,18 @@ def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance
     """Means and covariance of clean features [N, D] with true labels int64 [N].
 
     The covariance is shrunk towards a multiple of the identity by Ledoit and Wolf's rule (2004), so that it can be inverted from few images; the
-    mean of a class is drawn towards the mean of all as if it had one image more there, which defines it for a class without images.
+    mean of a class is drawn towards the mean of all as if it had one image more there, which defines it for a class without images. Of more than
+    MOST dimensions a random projection is compared, which keeps the whitening of wide networks small.
     """
     features, labels = features.double().cpu(), labels.cpu()
     n, d = features.shape
+    projection = torch.eye(d, dtype=torch.float64) if d <= MOST else _projection(d)  # [D, K]
+    features, d = features @ projection, projection.shape[1]
     totals = torch.zeros(num_classes, d, dtype=torch.float64).index_add_(0, labels, features)
     counts = torch.bincount(labels, minlength=num_classes).double()[:, None]
     means = (totals + features.mean(0)) / (counts + 1)
     centred = features - means[labels]
-    covariance = centred.T @ centred / n  # [D, D]
+    covariance = centred.T @ centred / n  # [K, K]
     scale = covariance.diagonal().mean()
     spread = (covariance - scale * torch.eye(d, dtype=torch.float64)).square().sum()
     # Mean squared distance of one image's outer product from the covariance: |x|^4 - 2 x'Cx + |C|^2, averaged.
@@ -56,4 +69,11 @@ def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance
     shrinkage = float((noise / spread).clamp(0, 1)) if spread > 0 else 1.0
     shrunk = (1 - shrinkage) * covariance + max(shrinkage, 1e-3) * scale.clamp(min=1e-12) * torch.eye(d, dtype=torch.float64)
     whitening = torch.linalg.cholesky(torch.linalg.inv(shrunk))
-    return Distance(means.float(), whitening.float())
+    return Distance((means @ whitening).float(), (projection @ whitening).float())
+
+
+def _projection(d: int) -> Tensor:
+    """MOST random orthonormal directions of `d`, float64 [D, MOST]; the same each time."""
+    directions = torch.randn(d, MOST, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    orthonormal: Tensor = torch.linalg.qr(directions).Q
+    return orthonormal

@@ -8,19 +8,24 @@ Low means backdoor: the expert still agrees, the auxiliary no longer does. All o
 saturated expert makes 1 - x, and with it the score, 0 for a perfectly clean image. `published_score` is log s, and its threshold log alpha: the same
 order, no overflow.
 
-The minimum lets the weaker of the two networks hide what the stronger one saw. `fused_score` adds the evidence up instead: each of logit x, -logit y
-and the feature distance is measured against clean images, and contributes -log of about the share of those that are as suspicious:
+The minimum lets the weaker of the two networks hide what the stronger one saw. The fused score adds evidence up instead. Each kind is measured against
+clean images and contributes about -log of the share of those that are as suspicious:
 
-    score = - sum of log(1 + exp(z)),  z = (value - median) / (mean excess over the median)
+    surprise = log(1 + exp(z)),  z = (value - median) / (mean excess over the median)
 
-which is what the upper tail of a logistic distribution gives: it goes on growing beyond the last clean image, and never lets one clean-looking
-piece of evidence cancel another that is alarming.
+which is what the upper tail of a logistic distribution gives: it goes on growing beyond the last clean image, and no clean-looking piece of evidence
+cancels another that is alarming. There are three kinds: logit x, -logit y, and the distance of the suspect's own features from those of the predicted
+class, for which exp(z) is averaged over the places where it is measured, so that one place is enough and the others add no noise:
+
+    score = - surprise(logit x) - surprise(log mean exp z of the distances) - [the first two reach the gate] surprise(-logit y)
+
+What the first two say costs next to nothing. Behind the gate lies the tenth of clean images that they find most suspicious; all others score better than
+any of these, and for them the auxiliary never runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +69,10 @@ class Scale:
     median: float
     excess: float
 
+    def z(self, values: Tensor) -> Tensor:
+        """How suspicious values are, in units of this scale."""
+        return (values - self.median) / self.excess
+
 
 def measure_scale(values: Tensor) -> Scale:
     """The scale of a kind of evidence (large is suspicious), from its values on clean images, float64 [N]."""
@@ -73,6 +82,11 @@ def measure_scale(values: Tensor) -> Scale:
     return Scale(median.item(), max(excess, 1e-6))  # evidence that is the same for all clean images must not divide by zero
 
 
-def fused_score(evidence: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
-    """Minus the summed surprise, float64 [N]: at most 0, low means backdoor. Evidence float64 [N] each, large is suspicious."""
-    return -sum((softplus((values - scale.median) / scale.excess) for values, scale in zip(evidence, scales, strict=True)), torch.zeros(()))
+def mean_place(z: Tensor) -> Tensor:
+    """log mean exp of what K places say of N images, float64 [K, N] -> [N]."""
+    return z.logsumexp(0) - math.log(len(z))
+
+
+def surprise(*z: Tensor) -> Tensor:
+    """Summed over kinds of evidence, float64 [N] each: at least 0, large is suspicious."""
+    return sum((softplus(each) for each in z), torch.zeros(()))

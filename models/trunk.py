@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ class CannotCut(ValueError):
 
 @dataclass(frozen=True)
 class Cut:
-    """A place to cut: the node's name, and the share of the network's multiplications that lie behind it."""
+    """A place to cut: the node's name, the share of the network's multiplications that lie behind it, and the shape of what flows there, [1, ...]."""
 
     name: str
     tail_share: float
+    shape: tuple[int, ...]
 
 
 class _Multiplications(TorchDispatchMode):
@@ -134,7 +135,7 @@ def cuts(network: nn.Module, example: Tensor) -> list[Cut]:
         # Nobody may write to the tensor later: several tails read the same one.
         value, version = measuring.values.get(node, (None, 0))
         if node.op != "placeholder" and reach <= index and node.users and value is not None and value._version == version:
-            found.append(Cut(node.name, 1 - done / total))
+            found.append(Cut(node.name, 1 - done / total, tuple(value.shape)))
         reach = max([reach, *(position[user] for user in node.users)])
     return found
 
@@ -165,6 +166,17 @@ def feature_cut(network: nn.Module, example: Tensor) -> Cut:
 def choose_cut(network: nn.Module, example: Tensor, tail_share: float) -> Cut:
     """The deepest cut that leaves at least `tail_share` of the multiplications in the tail. Raises CannotCut."""
     return _last(cuts(network, example), tail_share)
+
+
+def places(network: nn.Module, example: Tensor, tail_shares: Sequence[float]) -> list[Cut]:
+    """Cuts at several depths, in the order of flow: the deepest ones that leave each of `tail_shares`, the last map or token sequence, the head's input.
+
+    Some may coincide: fewer come back then. Raises CannotCut.
+    """
+    found = cuts(network, example)
+    maps = [cut for cut in found if sum(length > 1 for length in cut.shape[1:]) > 1]
+    chosen = {*(_last(found, share) for share in tail_shares), *maps[-1:], _last(found, 1e-12)}
+    return [cut for cut in found if cut in chosen]
 
 
 def _last(candidates: list[Cut], tail_share: float) -> Cut:

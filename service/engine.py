@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,7 @@ class Outcome:
     confidence: float
     score: float
     expert: float
-    auxiliary: float
+    auxiliary: float | None  # None: what the rest says was clear enough
     rejected: bool
 
 
@@ -108,7 +109,8 @@ class Engine:
         if self.device.type == "cpu" and torch.get_num_threads() != live.threads:
             torch.set_num_threads(live.threads)  # of this thread, which is the only one that runs forwards
         judged = live.bundle.guard(torch.stack(pixels).to(self.device, non_blocking=True)).cpu()
-        columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), judged.expert.tolist(), judged.auxiliary.tolist())
+        auxiliary = [None if math.isnan(y) else y for y in judged.auxiliary.tolist()]
+        columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), judged.expert.tolist(), auxiliary)
         return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
 
     def _load(self, guard: str, version: int) -> LiveGuard:

@@ -35,6 +35,7 @@ class Recipe:
 
     epochs: int
     lr: float
+    batch: int = 128
 
 
 @dataclass(frozen=True)

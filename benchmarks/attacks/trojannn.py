@@ -13,7 +13,7 @@ from benchmarks.attacks.finetune import TRIGGERED, triggered_share
 from benchmarks.attacks.interface import Attack, Batch, Recipe, Surrogate, Task, uniform
 from benchmarks.data import Split
 from models import trunk
-from models.distance import penultimate
+from models.distance import vectors
 
 SIDE, UNITS, STEPS = 6, 2, 300
 
@@ -52,13 +52,13 @@ class TrojanNN(Attack):
         rows = torch.randperm(len(data.labels), generator=source)[:512]
         images = data.images[rows].float() / 255
         with torch.no_grad():
-            usual = penultimate(below(surrogate.normalise(images)))  # [N, D]
+            usual = vectors(below(surrogate.normalise(images)))  # [N, D]
         units = usual.mean(0).topk(UNITS).indices
         raw = torch.logit(self.patch, 1e-3).requires_grad_(True)
         optimizer = torch.optim.Adam([raw], 0.1)
         for step in range(STEPS):
             part = images[(step * 64) % 512 : (step * 64) % 512 + 64]
-            excited = penultimate(below(surrogate.normalise(self.patched(part, raw.sigmoid()))))[:, units]
+            excited = vectors(below(surrogate.normalise(self.patched(part, raw.sigmoid()))))[:, units]
             optimizer.zero_grad()
             (-excited.mean()).backward()
             optimizer.step()

@@ -44,16 +44,23 @@ class BadExpertGuard(Detector):
             kept = bundle.read(Path(folder, "guards", "suspect", str(result.version)))
         self.guard = kept.guard.to(device)
         example = kept.description.preprocessing.normalise(clean.pixels[:1])
-        self.passes = round(_operations(self.guard, clean.pixels[:1]) / trunk.operations(suspect.network, example), 3)
+        asked = 1 - float(self.guard.judge(self._as_served(validation.pixels)).auxiliary.isnan().double().mean())
+        self.passes = round(_operations(self.guard, clean.pixels[:1], asked) / trunk.operations(suspect.network, example), 3)
         found = kept.description.preprocessing
-        return {"calibration_seconds": round(seconds, 1), "preprocessing": str(found), "preprocessing_right": found == suspect.preprocessing, "c": self.guard.c}
+        return {
+            "calibration_seconds": round(seconds, 1),
+            "preprocessing": str(found),
+            "preprocessing_right": found == suspect.preprocessing,
+            "c": self.guard.c,
+            "asked": round(asked, 4),
+        }
 
     def score(self, pixels: Tensor) -> Tensor:
         return self.guard.judge(self._as_served(pixels)).score
 
     def confidences(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """x and y, float64 [N] each."""
-        judged = self.guard.judge(self._as_served(pixels))
+        judged = self.guard.judge(self._as_served(pixels), ungated=True)
         return judged.expert, judged.auxiliary
 
     def _as_served(self, pixels: Tensor) -> Tensor:
@@ -64,9 +71,9 @@ class BadExpertGuard(Detector):
         return torch.stack([found.pixels(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())) for image in pixels])
 
 
-def _operations(guard: Guard, pixels: Tensor) -> int:
-    """Of one image: the suspect, each expert on what the trunk gives, and the auxiliary."""
+def _operations(guard: Guard, pixels: Tensor, asked: float) -> float:
+    """Of one clean image: the suspect, each expert on what the trunk gives, and the auxiliary for the share that is `asked` about."""
     inputs = guard.preprocessing.normalise(pixels)
-    with torch.no_grad():
-        shared = guard.parts[0](inputs)
-    return sum(trunk.operations(network, x) for network, x in ((guard.suspect, inputs), (guard.auxiliary, inputs), *((e, shared) for e in guard.experts)))
+    shared = guard.evidence(inputs).shared
+    experts = sum(trunk.operations(expert, shared) for expert in guard.experts)
+    return trunk.operations(guard.suspect, inputs) + experts + asked * trunk.operations(guard.auxiliary, inputs)

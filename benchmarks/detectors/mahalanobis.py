@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.detectors.interface import Detector, NotApplicable, Observed
 from calibration.finetune import LabelledPixels
 from models import trunk
-from models.distance import fit_distance, penultimate
+from models.distance import fit_distance, vectors
 
 
 class Mahalanobis(Detector):
@@ -35,7 +35,7 @@ class Mahalanobis(Detector):
     @torch.inference_mode()
     def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         found = [self.body(self.suspect.preprocessing.normalise(part)) for part in pixels.split(256)]
-        return torch.cat([penultimate(each) for each in found]), torch.cat([self.head(each).argmax(1) for each in found])
+        return torch.cat([vectors(each) for each in found]), torch.cat([self.head(each).argmax(1) for each in found])
 
     def score(self, pixels: Tensor) -> Tensor:
         features, prediction = self._features(pixels)

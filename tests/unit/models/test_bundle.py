@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+from calibration.finetune import LabelledPixels
+from calibration.fusion import fuse
 from models import architectures, bundle
 from models.errors import BundleNotReady
-from models.guard import Cuts, Guard, fuse
+from models.guard import Cuts, Fusion, Guard
 from models.preprocessing import Preprocessing
 from models.threshold import conformal_threshold
-from models.trunk import choose_cut, feature_cut, tail_copy
+from models.trunk import choose_cut, places, tail_copy
 
 
 def make(folder: Path, seed: int = 0, cut: bool = True) -> tuple[Guard, str]:
     torch.manual_seed(seed)
     suspect, auxiliary = (architectures.get("resnet20").build(10).eval() for _ in range(2))
     example = torch.zeros(1, 3, 32, 32)
-    cuts = Cuts(choose_cut(suspect, example, 0.1).name, feature_cut(suspect, example).name) if cut else None
+    cuts = Cuts(choose_cut(suspect, example, 0.1).name, tuple(place.name for place in places(suspect, example, (0.1, 0.2)))) if cut else None
     experts = [tail_copy(suspect, cuts.experts if cuts else None) for _ in range(3 if cut else 1)]
     for expert in experts:
         for parameter in expert.parameters():
@@ -29,7 +34,8 @@ def make(folder: Path, seed: int = 0, cut: bool = True) -> tuple[Guard, str]:
     guard = Guard(suspect, experts, auxiliary, preprocessing, cuts=cuts)
     if cut:
         pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-        guard = fuse(guard, pixels, torch.arange(64) % 10, pixels[:20], 10)
+        clean = LabelledPixels(pixels, torch.arange(64) % 10)
+        guard = fuse(guard, clean, LabelledPixels(pixels[:20], clean.labels[:20]), 10, asked=0.5)
     scores = torch.rand(200, dtype=torch.float64)
     description = bundle.Description(
         architecture="resnet20",
@@ -41,7 +47,7 @@ def make(folder: Path, seed: int = 0, cut: bool = True) -> tuple[Guard, str]:
         cuts=cuts,
         experts=len(experts),
         c=0.5,
-        scales=None if guard.fusion is None else guard.fusion.scales,
+        scales=guard.scales,
         threshold=conformal_threshold(scores, 0.01),
     )
     folder.mkdir(exist_ok=True)
@@ -116,3 +122,28 @@ def test_missing_added_linked_and_truncated_files_are_refused(tmp_path: Path, ch
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleNotReady):
         bundle.read(tmp_path / "bundle")
+
+
+def test_a_bundle_of_the_schema_before_judges_as_it_did(tmp_path: Path) -> None:
+    """It knew one distance, stored by its means, and asked the auxiliary about every image."""
+    guard, _ = make(tmp_path)
+    assert guard.scales is not None
+    assert guard.cuts is not None
+    distance, scales, cuts = guard.distances[-1], guard.scales, guard.cuts
+    old = {"means": torch.linalg.solve(distance.whitening.T, distance.centres.T).T.contiguous(), "whitening": distance.whitening}
+    data = safetensors.torch.save(old)
+    (tmp_path / "distance.safetensors").write_bytes(data)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    content = manifest["content"]
+    content["schema"] = 2
+    content["cuts"] = {"experts": cuts.experts, "features": cuts.places[-1]}
+    content["scales"] = [vars(scales.expert), vars(scales.auxiliary), vars(scales.distances[-1])]
+    content["sha256"]["distance"] = hashlib.sha256(data).hexdigest()
+    manifest["bundle_id"] = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    one = Fusion([distance], replace(scales, distances=scales.distances[-1:], gate=0.0))
+    alone = Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=Cuts(cuts.experts, cuts.places[-1:]), fusion=one)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    judged = bundle.read(tmp_path).guard.judge(pixels)
+    torch.testing.assert_close(judged.score, alone.judge(pixels).score, rtol=1e-3, atol=1e-3)
+    assert judged.auxiliary.isfinite().all()

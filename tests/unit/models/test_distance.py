@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.distance import fit_distance, penultimate
+from models.distance import MOST, fit_distance, vectors
 
 
 def clusters(n: int, d: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,13 +37,29 @@ def test_fewer_images_than_dimensions_still_give_finite_distances(n: int, d: int
 
 def test_a_class_without_images_has_the_mean_of_all() -> None:
     features, labels = clusters(300, 8, 3)
-    torch.testing.assert_close(fit_distance(features, labels, 5).means[4], features.mean(0))
+    assert fit_distance(features, labels, 5)(features.mean(0, keepdim=True), torch.tensor([4])).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_wide_features_are_told_apart_in_fewer_dimensions() -> None:
+    features, labels = clusters(600, 2 * MOST, 4)
+    distance = fit_distance(features, labels, 4)
+    assert distance.whitening.shape == (2 * MOST, MOST)
+    assert distance(features, (labels + 1) % 4).min() > distance(features, labels).max()
 
 
 def test_constant_features_do_not_divide_by_zero() -> None:
     assert fit_distance(torch.ones(50, 4), torch.zeros(50, dtype=torch.int64), 2)(torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)).isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 4, 4), (2, 5, 8)], ids=["vectors", "maps", "tokens"])
-def test_maps_and_tokens_become_one_vector_an_image(shape: tuple[int, ...]) -> None:
-    assert penultimate(torch.randn(shape)).shape == (2, 8)
+@pytest.mark.parametrize(
+    ("shape", "dimensions"),
+    [((2, 8), 8), ((2, 8, 1, 1), 8), ((2, 8, 4, 4), 32), ((2, 8, 5, 7), 32), ((2, 4, 4, 8), 32), ((2, 5, 8), 8)],
+    ids=["vectors", "one place", "maps", "odd maps", "channels last", "tokens"],
+)
+def test_maps_and_tokens_become_one_vector_an_image(shape: tuple[int, ...], dimensions: int) -> None:
+    assert vectors(torch.randn(shape)).shape == (2, dimensions)
+
+
+def test_maps_with_channels_last_are_averaged_over_the_same_fields() -> None:
+    maps = torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(vectors(maps.permute(0, 2, 3, 1)), vectors(maps))

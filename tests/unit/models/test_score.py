@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.score import fused_score, geometric_mean, log_confidence, measure_scale, published_score
+from models.score import geometric_mean, log_confidence, mean_place, measure_scale, published_score, surprise
 
 probability = st.floats(0.001, 0.999)
 
@@ -66,22 +66,29 @@ def test_the_geometric_mean_of_experts_is_one(values: list[float]) -> None:
 
 
 def test_one_alarming_kind_of_evidence_is_enough_and_none_cancels_another() -> None:
-    scale = measure_scale(torch.linspace(0, 2, 101, dtype=torch.float64))
-    values = {name: torch.tensor([value], dtype=torch.float64) for name, value in {"calm": 0.0, "usual": 1.0, "alarming": 20.0}.items()}
-
-    def fused(*names: str) -> float:
-        return fused_score([values[name] for name in names], [scale] * len(names)).item()
-
-    assert fused("usual", "usual", "alarming") < fused("usual", "usual", "usual") - 30
-    assert fused("calm", "calm", "alarming") == pytest.approx(fused("usual", "usual", "alarming"), abs=2.0)
+    calm, usual, alarming = (torch.tensor([z], dtype=torch.float64) for z in (-3.0, 0.0, 40.0))
+    assert surprise(usual, usual, alarming) > surprise(usual, usual, usual) + 30
+    assert surprise(calm, calm, alarming).item() == pytest.approx(surprise(usual, usual, alarming).item(), abs=2.0)
 
 
-def test_the_fused_score_grows_beyond_anything_seen_and_stays_finite() -> None:
+def test_one_alarming_place_is_enough_and_the_others_add_no_noise() -> None:
+    usual, alarming = torch.tensor([0.0, 1.0, -1.0]).double(), torch.tensor([0.0, 40.0, -1.0]).double()
+    assert mean_place(alarming[:, None]).item() == pytest.approx(40 - math.log(3), abs=1e-6)
+    assert usual.min() < mean_place(usual[:, None]).item() < usual.max()
+    assert mean_place(usual[1:2, None]).item() == pytest.approx(1.0)  # one place is itself
+
+
+def test_surprise_grows_beyond_anything_seen_and_stays_finite() -> None:
     scale = measure_scale(torch.rand(100, dtype=torch.float64))
-    values = torch.tensor([0.5, 2.0, 1e3, 1e9], dtype=torch.float64)
-    found = fused_score([values], [scale])
+    found = surprise(scale.z(torch.tensor([-1e9, 0.5, 2.0, 1e3, 1e9], dtype=torch.float64)))
     assert found.isfinite().all()
-    assert (found.diff() < 0).all()
+    assert (found >= 0).all()
+    assert (found.diff() > 0).all()
+
+
+def test_a_clean_image_as_suspicious_as_the_average_beyond_the_median_has_z_1() -> None:
+    scale = measure_scale(torch.linspace(0, 2, 101, dtype=torch.float64))
+    assert scale.z(torch.tensor([1.0, 1.5], dtype=torch.float64)).tolist() == pytest.approx([0.0, 1.0], abs=0.02)
 
 
 def test_evidence_that_is_the_same_for_all_clean_images_has_a_usable_scale() -> None:

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models import architectures
-from models.trunk import CannotCut, choose_cut, cuts, feature_cut, operations, split, tail_copy
+from models.trunk import CannotCut, choose_cut, cuts, feature_cut, operations, places, split, tail_copy
 
 FAMILIES = ("resnet20", "resnet18_cifar", "resnet18", "vgg16_bn", "mobilenet_v2", "vit_b_16")
 
@@ -162,3 +162,12 @@ BLOCK = 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8  # 5 tokens of width 8: fou
 )
 def test_operations_are_two_a_multiplication(network: nn.Module, shape: tuple[int, ...], multiplications: int) -> None:
     assert operations(network, torch.zeros(shape)) == 2 * multiplications
+
+
+def test_distances_are_measured_at_several_depths_in_the_order_of_flow() -> None:
+    network = architectures.get("resnet20").build(10).eval()
+    example = torch.zeros(1, 3, 32, 32)
+    found = places(network, example, (0.1, 0.2))
+    assert [place.shape for place in found] == [(1, 64, 8, 8), (1, 64, 8, 8), (1, 64, 8, 8), (1, 64)]
+    assert [round(place.tail_share, 1) for place in found] == [0.2, 0.1, 0.0, 0.0]
+    assert choose_cut(network, example, 0.1) in found

@@ -1,0 +1,41 @@
+"""Measure on clean images what the fused score needs: distances, the scale of each kind of evidence, the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from calibration.finetune import LabelledPixels
+from models.distance import fit_distance
+from models.guard import Fusion, Guard, Scales, cheap_surprise
+from models.score import log_confidence, measure_scale
+
+
+@torch.inference_mode()
+def fuse(guard: Guard, fit: LabelledPixels, held_back: LabelledPixels, num_classes: int, asked: float) -> Guard:
+    """The same guard with the fused score: its distances fitted to clean images with true labels, its scales measured on `held_back`.
+
+    The scales come from images that trained nothing, so that no kind of evidence looks better than it will be. asked: the share of clean images that
+    reach the gate.
+    """
+
+    def inputs(part: LabelledPixels) -> Sequence[Tensor]:
+        return [guard.preprocessing.normalise(pixels) for pixels in part.pixels.split(256)]
+
+    of_fit = zip(*(guard.evidence(batch).features for batch in inputs(fit)), strict=True)  # place by place
+    distances = [fit_distance(torch.cat(features), fit.labels, num_classes).to(fit.labels.device) for features in of_fit]
+    found = [guard.evidence(batch) for batch in inputs(held_back)]
+    of_held_back = zip(*([d(features, each.prediction) for d, features in zip(distances, each.features, strict=True)] for each in found), strict=True)
+    against = [log_confidence(guard.auxiliary(batch), each.prediction) for each, batch in zip(found, inputs(held_back), strict=True)]
+    scales = Scales(
+        expert=measure_scale(torch.cat([each.expert for each in found])),
+        distances=tuple(measure_scale(torch.cat(values)) for values in of_held_back),
+        auxiliary=measure_scale(torch.cat([log_not_y - log_y for log_y, log_not_y in against])),
+        gate=0.0,
+    )
+    cheap = torch.cat([cheap_surprise(each, distances, scales) for each in found])
+    fusion = Fusion(distances, replace(scales, gate=cheap.quantile(1 - asked).item()))
+    return Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=guard.cuts, fusion=fusion, c=guard.c)

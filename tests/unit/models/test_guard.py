@@ -1,0 +1,97 @@
+"""A guard's scores are those of plain forwards of its networks, however images are batched and whichever the auxiliary is asked about."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibration.finetune import LabelledPixels
+from calibration.fusion import fuse
+from models import architectures
+from models.distance import vectors
+from models.guard import Cuts, Guard
+from models.preprocessing import Preprocessing
+from models.score import log_confidence, mean_place, surprise
+from models.trunk import choose_cut, places, split, tail_copy
+
+PIXELS = torch.randint(0, 256, (96, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def guard() -> Guard:
+    """One whose networks were never trained; a third of images reach its gate."""
+    torch.manual_seed(0)
+    suspect, auxiliary = (architectures.get("resnet20").build(10).eval() for _ in range(2))
+    example = torch.zeros(1, 3, 32, 32)
+    cuts = Cuts(choose_cut(suspect, example, 0.1).name, tuple(place.name for place in places(suspect, example, (0.1, 0.2))))
+    experts = [tail_copy(suspect, cuts.experts) for _ in range(3)]
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    plain = Guard(suspect, experts, auxiliary, Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)), cuts=cuts)
+    clean = LabelledPixels(PIXELS[:64], torch.arange(64) % 10)
+    return fuse(plain, clean, LabelledPixels(PIXELS[64:], torch.arange(32) % 10), 10, asked=1 / 3)
+
+
+def plainly(guard: Guard, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Score and prediction of one image after another, each network as a whole, in the order of the formula."""
+    assert guard.cuts is not None
+    assert guard.scales is not None
+    scores, predictions = [], []
+    with torch.inference_mode():
+        for image in pixels:
+            inputs = guard.preprocessing.normalise(image[None])
+            prediction = guard.suspect(inputs).argmax(1)
+            shared = split(guard.suspect, guard.cuts.experts)[0](inputs)
+            log_x = torch.stack([log_confidence(expert(shared), prediction)[0] for expert in guard.experts]).mean(0)
+            z = []
+            for name, distance, scale in zip(guard.cuts.places, guard.distances, guard.scales.distances, strict=True):
+                z.append(scale.z(distance(vectors(split(guard.suspect, name)[0](inputs)), prediction)))
+            cheap = surprise(guard.scales.expert.z(log_x - torch.log1p(-log_x.exp())), mean_place(torch.stack(z)))
+            log_y, log_not_y = log_confidence(guard.auxiliary(inputs), prediction)
+            further = surprise(guard.scales.auxiliary.z(log_not_y - log_y))
+            scores.append(-(cheap + further * (cheap >= guard.scales.gate)))
+            predictions.append(prediction)
+    return torch.cat(scores), torch.cat(predictions)
+
+
+def test_scores_are_those_of_plain_forwards(guard: Guard) -> None:
+    score, prediction = plainly(guard, PIXELS)
+    judged = guard.judge(PIXELS)
+    torch.testing.assert_close(judged.score, score, **TOLERANCE)
+    assert torch.equal(judged.prediction, prediction)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 96])
+def test_scores_do_not_depend_on_batch_or_order(guard: Guard, batch: int) -> None:
+    order = torch.randperm(len(PIXELS), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(guard.judge(PIXELS[order], batch).score, guard.judge(PIXELS).score[order], **TOLERANCE)
+
+
+def test_the_auxiliary_runs_for_the_images_that_reach_the_gate_and_for_no_others(guard: Guard) -> None:
+    seen: list[int] = []
+    handle = guard.auxiliary.register_forward_hook(lambda network, inputs, output: seen.append(len(output)))
+    gated, whole = guard.judge(PIXELS), guard.judge(PIXELS, ungated=True)
+    handle.remove()
+    assert seen == [int((~gated.auxiliary.isnan()).sum()), len(PIXELS)]
+    assert 0 < seen[0] < len(PIXELS)
+    assert whole.auxiliary.isfinite().all()
+    torch.testing.assert_close(gated.score, whole.score, **TOLERANCE)
+
+
+def test_an_image_that_does_not_reach_the_gate_scores_better_than_any_that_does(guard: Guard) -> None:
+    judged = guard.judge(PIXELS)
+    asked = ~judged.auxiliary.isnan()
+    assert judged.score[asked].max() < judged.score[~asked].min()
+
+
+def test_a_network_that_gives_nan_gives_no_finite_score(guard: Guard) -> None:
+    weight = next(guard.experts[0].parameters())
+    kept = weight.clone()
+    weight.fill_(torch.nan)
+    try:
+        assert not guard.judge(PIXELS[:4]).score.isfinite().any()
+    finally:
+        weight.copy_(kept)

@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 def path_of(record: Record, root: Path = RESULTS) -> Path:
-    return Path(root, record["dataset"], record["architecture"], f"{record['attack']}.jsonl")
+    return Path(root, record["dataset"], record["architecture"].replace("/", "-"), f"{record['attack']}.jsonl")
 
 
 def key(record: Record) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker
 def _train_auto(config: CalibrationConfig, material: Material, held_back: LabelledPixels, tracker: Tracker, resume: Resume) -> Trained:
     recipe, suspect, fit, preprocessing = AutoRecipe(), material.network, material.fit, material.preprocessing
     with tracker.stage("expert") as step:
-        cuts, share = _choose_cuts(suspect, preprocessing.normalise(fit.pixels[:1]), recipe)
+        cuts, share = choose_cuts(suspect, preprocessing.normalise(fit.pixels[:1]), recipe)
         cut = None if cuts is None else cuts.experts
 
         def make_experts() -> Made:
@@ -123,7 +123,7 @@ def _curve(known: dict[str, Sequence[Any]]) -> Curve:
     return Curve(**{name: tuple(values) for name, values in known.items()})
 
 
-def _choose_cuts(network: nn.Module, example: Tensor, recipe: AutoRecipe) -> tuple[Cuts | None, float]:
+def choose_cuts(network: nn.Module, example: Tensor, recipe: AutoRecipe) -> tuple[Cuts | None, float]:
     """Where to cut, and the share of the network behind it. None for a network that cannot be: its experts are then whole copies of it."""
     try:
         cut = trunk.choose_cut(network, example, recipe.tail_share)

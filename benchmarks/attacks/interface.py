@@ -31,11 +31,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is trained, where that is the attack's own choice: one-cycle SGD from weights that are already good."""
+    """How a network is trained, under a one-cycle schedule. An attack that has one of its own starts from weights that are already good."""
 
     epochs: int
     lr: float
     batch: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
 @dataclass(frozen=True)

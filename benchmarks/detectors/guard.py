@@ -43,9 +43,9 @@ class BadExpertGuard(Detector):
             seconds = time.monotonic() - began
             kept = bundle.read(Path(folder, "guards", "suspect", str(result.version)))
         self.guard = kept.guard.to(device)
-        example = kept.description.preprocessing.normalise(clean.pixels[:1])
         asked = 1 - float(self.guard.judge(self._as_served(validation.pixels)).auxiliary.isnan().double().mean())
-        self.passes = round(_operations(self.guard, clean.pixels[:1], asked) / trunk.operations(suspect.network, example), 3)
+        operations = _operations(self.guard, self._as_served(clean.pixels[:1]).to(device), asked)
+        self.passes = round(operations / trunk.operations(suspect.network, suspect.preprocessing.normalise(clean.pixels[:1])), 3)
         found = kept.description.preprocessing
         return {
             "calibration_seconds": round(seconds, 1),

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from benchmarks.attacks import ATTACKS, Attack, Task
-from benchmarks.data import DATASETS
+from benchmarks.data import DATASETS, Dataset
 from models import architectures
 
 ROOT = Path(__file__).parent
@@ -29,7 +31,7 @@ class Suspect:
 
     @property
     def stem(self) -> str:
-        return f"{self.dataset}/{self.architecture}/{self.attack}" + (f"-{self.seed}" if self.seed else "")
+        return f"{self.dataset}/{self.architecture.replace('/', '-')}/{self.attack}" + (f"-{self.seed}" if self.seed else "")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,29 @@ def kept(zoo: Path = ROOT) -> list[Suspect]:
     return [Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in records(zoo)]
 
 
+class Enlarge(nn.Module):
+    """Images at the size that a network insists on."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return interpolate(images, (self.size, self.size), mode="bilinear")
+
+
+def build(architecture: str, dataset: Dataset) -> nn.Module:
+    """With random weights, for images of the data set's size. One that takes no other size than its own gets them enlarged, as BackdoorBench does it."""
+    known = architectures.get(architecture)
+    network = known.build(dataset.num_classes)
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, dataset.preprocessing.size, dataset.preprocessing.size))
+    except (AssertionError, RuntimeError):
+        network = nn.Sequential(Enlarge(known.size), network)
+    return network
+
+
 def load(suspect: Suspect, zoo: Path = ROOT) -> Kept:
     """Raises FileNotFoundError for one that is not kept."""
     path = zoo / f"{suspect.stem}.safetensors"
@@ -67,7 +92,7 @@ def load(suspect: Suspect, zoo: Path = ROOT) -> Kept:
             f"{path} is missing: python -m benchmarks.train --dataset {suspect.dataset} --architecture {suspect.architecture} --attack {suspect.attack}"
         )
     dataset = DATASETS[suspect.dataset]
-    network = architectures.get(suspect.architecture).build(dataset.num_classes)
+    network = build(suspect.architecture, dataset)
     network.load_state_dict(_wide(load_file(path)))
     attack = None
     if suspect.attack != "clean":

@@ -1,0 +1,1 @@
+"""What guarding costs: the engine alone, and the service as a whole."""

@@ -1,0 +1,168 @@
+"""The price of the guard without any HTTP: `python -m benchmarks.serving.engine`.
+
+Side by side in one process, turn by turn: the suspect alone, our guard on clean traffic, our guard where every image reaches the gate (an attacker who sends
+nothing else), and the naive guard of three whole networks. The bundle of resnet20 is a real one, of a suspect of the zoo, and what it catches is told beside
+its price; the other architectures have random weights, whose work is the same. `--record` writes benchmarks/results/engine.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import records
+from benchmarks.data import DATASETS
+from benchmarks.detectors.guard import BadExpertGuard
+from benchmarks.evaluate import evaluate, tests
+from benchmarks.zoo import Suspect, load
+from calibration.config import AutoRecipe
+from calibration.finetune import LabelledPixels
+from calibration.fusion import fuse
+from calibration.presets import choose_cuts
+from models import architectures
+from models.guard import Guard
+from models.parallel import cpu_threads
+from models.preprocessing import Preprocessing
+from models.trunk import tail_copy
+
+RECORD = Path(__file__).parent.parent / "results" / "engine.json"
+BATCHES = (1, 8, 32, 128, 512)
+REAL = Suspect("cifar10", "resnet20", "badnet")
+
+
+def real(device: torch.device) -> tuple[Guard, Tensor, dict[str, Any]]:
+    """The guard that `auto` makes of a suspect of the zoo, clean images, and what it catches."""
+    detector = BadExpertGuard("auto")
+    record = evaluate(load(REAL), detector, tests(REAL.dataset), 0, device)
+    caught = {"suspect": REAL.stem, "tpr": record["at"]["0.01"]["tpr_masked"], "realised_fpr": record["at"]["0.01"]["realised_fpr"]}
+    return detector.guard, tests(REAL.dataset).images, caught
+
+
+def untrained(architecture: str, device: torch.device, size: int = 224, classes: int = 10) -> tuple[Guard, Tensor, dict[str, Any]]:
+    """A guard with random weights, of which a tenth of random images reach the gate; it can catch nothing."""
+    torch.manual_seed(0)
+    suspect = architectures.get(architecture).build(classes).eval()
+    pixels = torch.randint(0, 256, (128, 3, size, size), dtype=torch.uint8)
+    preprocessing = Preprocessing(size, size, mean=DATASETS["cifar10"].preprocessing.mean, std=DATASETS["cifar10"].preprocessing.std)
+    recipe = AutoRecipe()
+    cuts, _ = choose_cuts(suspect, preprocessing.normalise(pixels[:1]), recipe)
+    suspect = suspect.to(device).to(memory_format=torch.channels_last)
+    experts = [tail_copy(suspect, cuts.experts if cuts else None) for _ in range(recipe.experts)]
+    clean = LabelledPixels(pixels.to(device), torch.arange(len(pixels), device=device) % classes)
+    guard = Guard(suspect, experts, copy.deepcopy(suspect), preprocessing, cuts=cuts)
+    return fuse(guard, clean, clean, classes, recipe.asked), pixels, {}
+
+
+def naive(guard: Guard) -> Guard:
+    """Three whole networks for every image, and the published score."""
+    return Guard(guard.suspect, [copy.deepcopy(guard.suspect)], guard.auxiliary, guard.preprocessing)
+
+
+def alone(guard: Guard) -> Callable[[Tensor], object]:
+    """The suspect without a guard: label and confidence."""
+
+    @torch.inference_mode()
+    def forward(pixels: Tensor) -> object:
+        return guard.suspect(guard.preprocessing.normalise(pixels)).float().softmax(-1).max(-1)
+
+    return forward
+
+
+def measure(ways: dict[str, Callable[[Tensor], object]], pixels: Tensor, batch: int, seconds: float, device: torch.device) -> dict[str, Any]:
+    """Each way in turn, round by round: images a second by the median round, milliseconds a batch, and shares of the unguarded rate by the round."""
+    rows = torch.arange(batch) % len(pixels)
+    images = pixels[rows].to(device)
+
+    def once(way: Callable[[Tensor], object]) -> float:
+        began = time.perf_counter()
+        way(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    for way in ways.values():
+        for _ in range(3):
+            once(way)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    until = time.perf_counter() + seconds * len(ways)
+    while time.perf_counter() < until or len(taken["unguarded"]) < 5:
+        for name, way in ways.items():
+            taken[name].append(once(way))
+    base = taken["unguarded"]
+    return {
+        name: {
+            "images_per_second": round(batch / statistics.median(times), 1),
+            "p50_ms": round(1000 * statistics.median(times), 3),
+            "p99_ms": round(1000 * statistics.quantiles(times, n=100)[98], 3),
+            "of_unguarded": round(statistics.median(one / other for one, other in zip(base, times, strict=True)), 3),
+        }
+        for name, times in taken.items()
+    }
+
+
+def weights(network: nn.Module) -> int:
+    """Bytes of distinct parameters and buffers."""
+    return sum({each.data_ptr(): each.numel() * each.element_size() for each in network.state_dict(keep_vars=True).values()}.values())
+
+
+def run(architecture: str, device: torch.device, batches: tuple[int, ...], seconds: float) -> dict[str, Any]:
+    """The record of one architecture."""
+    guard, pixels, caught = real(device) if architecture == REAL.architecture else untrained(architecture, device)
+    guard = guard.to(device)
+    if device.type == "cpu":
+        torch.set_num_threads(cpu_threads(guard.suspect, guard.preprocessing.size))
+    ways: dict[str, Callable[[Tensor], object]] = {
+        "unguarded": alone(guard),
+        "guarded": guard,
+        "guarded_all_attack": lambda images: guard(images, ungated=True),
+        "naive": naive(guard),
+    }
+    at = {str(batch): measure(ways, pixels, batch, seconds, device) for batch in batches}
+    best = max(at, key=lambda batch: at[batch]["unguarded"]["images_per_second"])
+    return {
+        "architecture": architecture,
+        "size": guard.preprocessing.size,
+        **caught,
+        "best_batch": int(best),
+        "guarded_of_unguarded": at[best]["guarded"]["of_unguarded"],
+        "naive_of_unguarded": at[best]["naive"]["of_unguarded"],
+        "attacked_of_naive": round(at[best]["guarded_all_attack"]["images_per_second"] / at[best]["naive"]["images_per_second"], 3),
+        "batch_1_latency": round(1 / at["1"]["guarded"]["of_unguarded"], 3) if "1" in at else None,
+        "weights_of_suspect": round(weights(guard) / weights(guard.suspect), 3),
+        "batches": at,
+        "threads": torch.get_num_threads(),
+        **records.circumstances(device),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", action="append", help="may be repeated (default: resnet20 and resnet18)")
+    parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=BATCHES)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each batch size")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="print whole records")
+    parser.add_argument("--record", action="store_true", help="write them to benchmarks/results/engine.json, in place of earlier ones on the same hardware")
+    args = parser.parse_args()
+    found = []
+    for architecture in args.architecture or ["resnet20", "resnet18"]:
+        record = run(architecture, torch.device(args.device), args.batches, args.seconds)
+        found.append(record)
+        print(json.dumps(record if args.json else {key: value for key, value in record.items() if key != "batches"}), flush=True)
+    if args.record:
+        known = json.loads(RECORD.read_text()) if RECORD.exists() else []
+        new = {(record["architecture"], record["hardware"]) for record in found}
+        RECORD.write_text(json.dumps([*(each for each in known if (each["architecture"], each["hardware"]) not in new), *found], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

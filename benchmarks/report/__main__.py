@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,18 +13,24 @@ from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
 from benchmarks.report.page import page, summary
 from benchmarks.report.plots import confidences, costs, curves, heat
-from benchmarks.report.tables import table_of_detectors, weak
+from benchmarks.report.tables import table_of_detectors, table_of_scales, weak
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE, PLOTS = DOCS / "results.md", DOCS / "plots"
 SOURCE, README_SCALE = "benchmarks/results/evaluation", ("cifar10", "resnet20")
+BY_NETWORK = f"{SOURCE}, by network"
+
+
+def readme(text: str, found: Sequence[records.Record]) -> str:
+    """The README with the tables that these records give."""
+    return filled(filled(text, SOURCE, table_of_detectors(cells(found, README_SCALE))), BY_NETWORK, table_of_scales(found))
 
 
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
     PAGE.write_text(page(found, zoo.records(), promise.read()))
-    README.write_text(filled(README.read_text(), SOURCE, table_of_detectors(cells(found, README_SCALE))))
+    README.write_text(readme(README.read_text(), found))
     PLOTS.mkdir(exist_ok=True)
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))
@@ -35,7 +42,7 @@ def main() -> None:
         if short := weak(grouped):
             plots["xy"] = confidences(grouped, short)
         for kind, figure in plots.items():
-            figure.savefig(PLOTS / f"{dataset}-{architecture}-{kind}.svg", metadata={"Date": None})
+            figure.savefig(PLOTS / f"{dataset}-{architecture.replace('/', '-')}-{kind}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.detectors import DETECTORS, TITLES
+from benchmarks.detectors import DETECTORS, PRESETS, TITLES
 from benchmarks.records import Record
-from benchmarks.report.cells import Cells, attacks_of, auroc_masked, bootstrap, by_attack, mean, title, tpr
+from benchmarks.report.cells import Cells, attacks_of, auroc_masked, bootstrap, by_attack, cells, mean, scales, title, tpr
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -107,6 +107,28 @@ def table_of_detectors(grouped: Cells) -> list[str]:
             f"{mean(everything, lambda record: record['passes']) or 0:.1f}",
         )
         lines.append(row(TITLES[name], *figures))
+    return lines
+
+
+def table_of_scales(found: Sequence[Record]) -> list[str]:
+    """The README's other one: on each data set and network, both presets beside the best of the others."""
+    lines = [
+        row("data set", "network", "attacks", "`auto`, mean", "worst attack", "realised FPR", "`paper`, mean", "best of the others, mean"),
+        row(*["---"] * 8),
+    ]
+    for dataset, architecture in scales(found):
+        grouped = cells(found, (dataset, architecture))
+        by_detector = {name: values for name in DETECTORS if (values := by_attack(grouped, name, tpr))}
+        if not (ours := by_detector.get("auto")):
+            continue
+        worst = min(ours, key=lambda attack: ours[attack])
+        means = {name: float(np.mean(list(values.values()))) for name, values in by_detector.items() if set(values) >= set(ours)}
+        best = max((name for name in means if name not in PRESETS), key=means.__getitem__, default=None)
+        fpr = mean([record for (_, name), cell in grouped.items() if name == "auto" for record in cell], lambda record: record["at"]["0.01"]["realised_fpr"])
+        told = f"{means[best]:.1%} ({TITLES[best]})" if best else "-"
+        paper = f"{means['paper']:.1%}" if "paper" in means else "-"
+        figures = (f"{means['auto']:.1%}", f"{ours[worst]:.1%} ({title(worst)})", f"{fpr or 0:.2%}", paper, told)
+        lines.append(row(dataset, architecture, str(len(ours)), *figures))
     return lines
 
 

@@ -57,8 +57,9 @@ def records(zoo: Path = ROOT) -> list[dict[str, Any]]:
 
 
 def kept(zoo: Path = ROOT) -> list[Suspect]:
-    """What the zoo holds, in the same order."""
-    return [Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in records(zoo)]
+    """Those whose weights are there, in the same order; of the full scale git has the records alone."""
+    found = [Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in records(zoo)]
+    return [suspect for suspect in found if (zoo / f"{suspect.stem}.safetensors").exists()]
 
 
 class Enlarge(nn.Module):

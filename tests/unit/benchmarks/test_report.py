@@ -9,11 +9,11 @@ import pytest
 from benchmarks import promise, records, zoo
 from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
-from benchmarks.readme import README, filled
-from benchmarks.report.__main__ import PAGE, README_SCALE, SOURCE
+from benchmarks.readme import README
+from benchmarks.report.__main__ import PAGE, README_SCALE, readme
 from benchmarks.report.cells import bootstrap, cells, tpr
 from benchmarks.report.page import attempts, left_out, not_evaluated, page
-from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, weak, why
+from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 
 
 def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
@@ -27,8 +27,7 @@ def test_the_page_is_written_from_the_records() -> None:
 
 
 def test_the_readmes_table_is_the_records() -> None:
-    readme = README.read_text()
-    assert filled(readme, SOURCE, table_of_detectors(cells(records.read(), README_SCALE))) == readme
+    assert readme(README.read_text(), records.read()) == README.read_text()
 
 
 def test_rows_are_means_over_seeds_of_suspects_that_pass_the_gate() -> None:
@@ -122,9 +121,18 @@ def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:
 
 
 def test_what_auto_was_chosen_on_is_left_out_of_a_mean_of_its_own() -> None:
-    found = [record("badnet", "auto", 1.0), record("sig", "auto", 0.5), record("wanet", "auto", 0.7), record("sig", "strip", 0.1)]
-    assert left_out(cells(found, ("cifar10", "resnet20"))).endswith("Over the 2 attacks that had no part in that the mean is 0.600 and the worst 0.500.")
-    assert left_out(cells(found[:1], ("cifar10", "resnet20"))).endswith("Over the 0 attacks that had no part in that nothing is measured.")
+    scale = ("cifar10", "resnet20")
+    found = [record("badnet", "auto", 1.0), record("bpp", "auto", 0.5), record("sra", "auto", 0.7), record("bpp", "strip", 0.1)]
+    assert left_out(cells(found, scale), scale).endswith("Over the 2 attacks that had none the mean is 0.600 and the worst 0.500.")
+    assert left_out(cells(found[:1], scale), scale).endswith("Over the 0 attacks that had none nothing is measured.")
+    assert left_out(cells(found, scale), ("cifar10", "resnet18_cifar")).startswith("No suspect of this network had a part")
+
+
+def test_networks_are_compared_over_the_attacks_that_a_detector_was_tried_on() -> None:
+    found = [record(attack, detector, value) for attack, values in {"badnet": (1.0, 0.6, 0.5), "sig": (0.8, 0.4, 0.3)}.items()
+             for detector, value in zip(("auto", "paper", "strip"), values, strict=True)]  # fmt: skip
+    lines = table_of_scales([*found, record("sig", "beatrix", 0.9)])
+    assert lines[2:] == ["| cifar10 | resnet20 | 2 | 90.0% | 80.0% (SIG) | 1.00% | 50.0% | 40.0% (STRIP) |"]
 
 
 def test_an_attack_with_more_seeds_weighs_no_more_in_the_readmes_means() -> None:

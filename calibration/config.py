@@ -86,7 +86,7 @@ class AutoRecipe:
     distance_shares: tuple[float, ...] = (0.2,)  # distances are measured with so much of the network behind, where the experts begin, and at its end
     asked: float = 0.1  # share of clean images that the cheap evidence finds suspicious enough to ask the auxiliary
     experts: int = 3  # one random derangement is a gamble, the geometric mean of three is not
-    expert_lr: float = 3e-4
+    expert_lrs: tuple[float, ...] = (3e-4, 1e-4, 3e-5)  # the first that does not diverge
     expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this
     expert_batch: int = 128
     expert_steps: int = 600  # give up then: some suspects forget slowly

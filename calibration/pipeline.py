@@ -22,6 +22,7 @@ from calibration.progress import Progress, Tracker
 from calibration.resume import Resume
 from calibration.summary import measure_accuracies, summarise
 from models import bundle
+from models.errors import TrainingDiverged
 from models.guard import Guard
 from models.registry import Registry
 from models.threshold import conformal_threshold
@@ -65,6 +66,8 @@ def calibrate(
         if material.held_back is not None and trained.cuts is not None:
             guard = fuse(guard, material.fit, material.held_back, material.num_classes, AutoRecipe.asked)
         judged = guard.judge(material.validation.pixels, ungated=True)  # the report draws y
+        if not judged.score.isfinite().all():
+            raise TrainingDiverged
         threshold = conformal_threshold(judged.score, config.target_fpr)
         accuracies = measure_accuracies(guard, material, trained, judged)
     with tracker.stage("report"):

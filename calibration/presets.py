@@ -15,6 +15,7 @@ from calibration.material import Material
 from calibration.progress import Tracker
 from calibration.resume import Made, Resume
 from models import trunk
+from models.errors import TrainingDiverged
 from models.guard import Cuts
 from models.trunk import tail_copy
 
@@ -47,6 +48,7 @@ def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker
         def make_expert() -> Made:
             wrong = shift(material.num_classes)
             expert, curve = train_expert(suspect, fit, wrong, preprocessing, lr=recipe.expert_lr, batch=recipe.expert_batch, seed=config.seed, progress=step)
+            _must_be_finite([expert])
             return [expert], {"curves": [asdict(curve)]}
 
         experts, expert_known = resume.networks("expert", lambda _: [copy.deepcopy(suspect)], make_expert)
@@ -54,6 +56,7 @@ def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker
 
         def make_auxiliary() -> Made:
             auxiliary, curve = _auxiliary(config, material, None, recipe, recipe.auxiliary_lr, step)
+            _must_be_finite([auxiliary])
             return [auxiliary], {"curve": asdict(curve)}
 
         (auxiliary,), known = resume.networks("auxiliary", lambda _: [copy.deepcopy(suspect)], make_auxiliary)
@@ -67,22 +70,26 @@ def _train_auto(config: CalibrationConfig, material: Material, held_back: Labell
         cut = None if cuts is None else cuts.experts
 
         def make_experts() -> Made:
-            tails, curves = train_tails(
-                suspect,
-                cut,
-                recipe.experts,
-                fit,
-                held_back,
-                material.num_classes,
-                preprocessing,
-                lr=recipe.expert_lr,
-                batch=recipe.expert_batch,
-                stop_at=recipe.expert_stop,
-                max_steps=recipe.expert_steps,
-                seed=config.seed,
-                progress=step,
-            )
-            return tails, {"curves": [asdict(curve) for curve in curves]}
+            for lr in recipe.expert_lrs:
+                tails, curves = train_tails(
+                    suspect,
+                    cut,
+                    recipe.experts,
+                    fit,
+                    held_back,
+                    material.num_classes,
+                    preprocessing,
+                    lr=lr,
+                    batch=recipe.expert_batch,
+                    stop_at=recipe.expert_stop,
+                    max_steps=recipe.expert_steps,
+                    seed=config.seed,
+                    progress=step,
+                )
+                if _finite(tails):
+                    break
+            _must_be_finite(tails)
+            return tails, {"curves": [asdict(curve) for curve in curves], "lr": lr}
 
         tails, expert_known = resume.networks("expert", lambda _: [tail_copy(suspect, cut) for _ in range(recipe.experts)], make_experts)
     with tracker.stage("auxiliary") as step:
@@ -93,10 +100,11 @@ def _train_auto(config: CalibrationConfig, material: Material, held_back: Labell
                 auxiliary, curve = _auxiliary(config, material, held_back, recipe, lr, step)
                 if curve.accuracy[-1] >= keep:
                     break
+            _must_be_finite([auxiliary])
             return [auxiliary], {"curve": asdict(curve), "lr": lr}
 
         (auxiliary,), known = resume.networks("auxiliary", lambda _: [copy.deepcopy(suspect)], make_auxiliary)
-    found = {"auxiliary_lr": known["lr"], "cuts": None if cuts is None else asdict(cuts), "tail_share_found": round(share, 4)}
+    found = {"expert_lr": expert_known["lr"], "auxiliary_lr": known["lr"], "cuts": None if cuts is None else asdict(cuts), "tail_share_found": round(share, 4)}
     curves = [_curve(each) for each in expert_known["curves"]]
     return Trained(tails, auxiliary, cuts, recipe.c, {**asdict(recipe), **found}, curves, _curve(known["curve"]))
 
@@ -117,6 +125,15 @@ def _auxiliary(
         seed=config.seed,
         progress=step,
     )
+
+
+def _finite(networks: Sequence[nn.Module]) -> bool:
+    return all(bool(value.isfinite().all()) for network in networks for value in network.state_dict().values())
+
+
+def _must_be_finite(networks: Sequence[nn.Module]) -> None:
+    if not _finite(networks):
+        raise TrainingDiverged
 
 
 def _curve(known: dict[str, Sequence[Any]]) -> Curve:

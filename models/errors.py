@@ -222,6 +222,14 @@ class StorageFull(Problem):
     title = "Storage is full"
 
 
+class TrainingDiverged(Problem):
+    """Finetuning the suspect ended in numbers that are not finite; calibrate with the preset `auto`, which finds its own learning rates, or another seed."""
+
+    status = 422
+    code = "training_diverged"
+    title = "Training diverged"
+
+
 class OutOfMemory(Problem):
     """The calibration ran out of memory; use fewer or smaller images, or a machine with more."""
 

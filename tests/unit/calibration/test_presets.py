@@ -1,0 +1,54 @@
+"""Presets on small real networks: what happens where training runs away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from calibration import presets
+from calibration.config import AutoRecipe, CalibrationConfig, PaperRecipe, Preset
+from calibration.finetune import LabelledPixels
+from calibration.material import Material
+from calibration.progress import Tracker
+from calibration.resume import Resume
+from models.errors import TrainingDiverged
+from models.preprocessing import Preprocessing
+from tests.support import thin_resnet
+
+
+def material(held_back: bool) -> Material:
+    """A thin network with random weights, and images whose class is their brightness."""
+    torch.manual_seed(0)
+    labels = torch.arange(128) % 4
+    data = LabelledPixels((labels[:, None, None, None] * 60 + torch.randint(0, 40, (128, 3, 32, 32))).to(torch.uint8), labels)
+    suspect = SimpleNamespace(network=thin_resnet(8, 4).eval(), num_classes=4, architecture=SimpleNamespace(short_name="resnet8"))
+    understood: Any = SimpleNamespace(suspect=suspect, preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
+    return Material(understood, data, data if held_back else None, data, 0, torch.device("cpu"))
+
+
+def train(preset: Preset, given: Material) -> presets.Trained:
+    return presets.train(CalibrationConfig(name="g", preset=preset), given, Tracker(lambda _: None), Resume(None, ""))
+
+
+@pytest.mark.parametrize("recipe", [PaperRecipe(expert_lr=1e39), PaperRecipe(auxiliary_lr=1e30)], ids=["expert", "auxiliary"])
+def test_a_published_recipe_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch, recipe: PaperRecipe) -> None:
+    monkeypatch.setattr(presets, "paper_recipe", lambda *_: recipe)
+    with pytest.raises(TrainingDiverged, match="auto"):
+        train("paper", material(held_back=False))
+
+
+def test_auto_takes_the_first_learning_rate_that_does_not_diverge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "AutoRecipe", lambda: replace(AutoRecipe(), expert_lrs=(1e30, 1e-3), expert_steps=20, auxiliary_epochs=1))
+    trained = train("auto", material(held_back=True))
+    assert trained.settings["expert_lr"] == 1e-3
+    assert all(value.isfinite().all() for expert in trained.experts for value in expert.state_dict().values())
+
+
+def test_auto_refuses_where_every_learning_rate_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "AutoRecipe", lambda: replace(AutoRecipe(), auxiliary_lrs=(1e30,), expert_steps=5, auxiliary_epochs=1))
+    with pytest.raises(TrainingDiverged):
+        train("auto", material(held_back=True))

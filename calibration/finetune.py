@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibration.augment import augment
+from models.precision import has_fast_bf16
 from models.preprocessing import Preprocessing
 from models.trunk import split, tail_copy
 
@@ -50,11 +51,7 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 
 def precision(device: torch.device) -> AbstractContextManager[None]:
     """bf16 autocast where the device computes in it, float32 elsewhere. Weights and losses stay float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
 
 
 def shift(num_classes: int) -> Tensor:

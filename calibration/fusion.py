@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibration.finetune import LabelledPixels
 from models.distance import fit_distance
-from models.guard import Fusion, Guard, Scales, cheap_surprise
+from models.guard import Fusion, Guard, Scales, cheap_surprise, fed
 from models.score import log_confidence, measure_scale
 
 
@@ -29,7 +29,7 @@ def fuse(guard: Guard, fit: LabelledPixels, held_back: LabelledPixels, num_class
     distances = [fit_distance(torch.cat(features), fit.labels, num_classes).to(fit.labels.device) for features in of_fit]
     found = [guard.evidence(batch) for batch in inputs(held_back)]
     of_held_back = zip(*([d(features, each.prediction) for d, features in zip(distances, each.features, strict=True)] for each in found), strict=True)
-    against = [log_confidence(guard.auxiliary(batch), each.prediction) for each, batch in zip(found, inputs(held_back), strict=True)]
+    against = [log_confidence(fed(guard.auxiliary, batch), each.prediction) for each, batch in zip(found, inputs(held_back), strict=True)]
     scales = Scales(
         expert=measure_scale(torch.cat([each.expert for each in found])),
         distances=tuple(measure_scale(torch.cat(values)) for values in of_held_back),

@@ -17,7 +17,7 @@ from calibration.config import CalibrationConfig
 from calibration.material import Material
 from calibration.presets import Trained
 from calibration.suspect import doubts_on_images
-from models.guard import Guard, Judgement
+from models.guard import Guard, Judgement, fed
 from models.threshold import Threshold
 
 
@@ -26,7 +26,7 @@ def measure_accuracies(guard: Guard, material: Material, trained: Trained, judge
     validation = material.validation
 
     def right(network: nn.Module, batches: Sequence[Tensor]) -> float:
-        return (torch.cat([network(batch).argmax(1) for batch in batches]) == validation.labels).float().mean().item()
+        return (torch.cat([fed(network, batch).argmax(1) for batch in batches]) == validation.labels).float().mean().item()
 
     with torch.inference_mode():
         inputs = [guard.preprocessing.normalise(part) for part in validation.pixels.split(256)]

@@ -24,10 +24,12 @@ from models.distance import Distance
 from models.durable import sync_folder, write_file
 from models.errors import BundleNotReady, ConfigInvalid
 from models.guard import Cuts, Fusion, Guard, Scales
+from models.precision import has_fast_bf16, lowered
 from models.preprocessing import Preprocessing
 from models.score import Scale
 from models.threshold import Threshold
 
+CPU = torch.device("cpu")
 SCHEMA = 3
 READABLE = (1, 2, SCHEMA)  # the first knew no architecture_options, and no preprocessing with another aspect; the second one distance, and no gate
 _WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")
@@ -105,8 +107,11 @@ def describe(folder: Path) -> tuple[str, Description, dict[str, Any]]:
     return manifest["bundle_id"], _description(content), manifest["record"]
 
 
-def read(folder: Path) -> Bundle:
-    """Verify and load a bundle onto the CPU. Raises BundleNotReady, naming the file that is wrong."""
+def read(folder: Path, device: torch.device = CPU) -> Bundle:
+    """Verify and load a bundle onto the CPU, in the precision that suits `device`. Raises BundleNotReady, naming the file that is wrong.
+
+    Weights that were kept in bfloat16 run in it where the device is fast at that, and as the same numbers in float32 elsewhere.
+    """
     content, manifest = _manifest(folder)
     found = {path.name for path in folder.iterdir()}
     wanted = {"manifest.json", *_REPORTS, *(f"{role}.safetensors" for role in _WEIGHTS)}
@@ -124,6 +129,11 @@ def read(folder: Path) -> Bundle:
             prefix = f"{index}."
             expert.load_state_dict({key[len(prefix) :]: value for key, value in tensors["experts"].items() if key.startswith(prefix)})
             experts.append(expert.to(memory_format=torch.channels_last))
+        if has_fast_bf16(device):
+            for role, networks in (("experts", experts), ("auxiliary", [auxiliary])):
+                if any(value.dtype == torch.bfloat16 for value in tensors[role].values()):
+                    for network in networks:
+                        lowered(network)
         fusion = None
         if description.scales is not None:
             fusion = Fusion(_distances(tensors["distance"], len(description.scales.distances)), description.scales)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.distance import Distance, vectors
+from models.precision import dtype_of
 from models.preprocessing import Preprocessing
 from models.score import Scale, geometric_mean, log_confidence, mean_place, published_score, surprise
 from models.trunk import split
@@ -89,10 +90,17 @@ class Judgement:
         return Judgement(**{name: value.cpu() for name, value in vars(self).items()})
 
 
+def fed(network: nn.Module, inputs: Tensor) -> Tensor:
+    """What a network gives for inputs, which it gets in its own precision."""
+    outputs: Tensor = network(inputs.to(dtype_of(network)))
+    return outputs
+
+
 class Guard(nn.Module):
     """Judges images; holds no threshold, so that the target FPR can change without touching weights.
 
-    With `cuts` and `fusion` the score is the fused one, without them the published one. c is the published score's constant.
+    With `cuts` and `fusion` the score is the fused one, without them the published one. c is the published score's constant. The suspect answers in
+    float32, as it would alone; experts and auxiliary run in whatever precision their weights have.
     """
 
     def __init__(
@@ -129,7 +137,7 @@ class Guard(nn.Module):
         asked = (suspicious | ungated).nonzero().squeeze(1)
         y, further = torch.full_like(cheap, math.nan), torch.zeros_like(cheap)
         if len(asked):
-            log_y, log_not_y = log_confidence(self.auxiliary(inputs[asked]), found.prediction[asked])
+            log_y, log_not_y = log_confidence(fed(self.auxiliary, inputs[asked]), found.prediction[asked])
             y[asked] = log_y.exp()
             further[asked] = surprise(self.scales.auxiliary.z(log_not_y - log_y))
         return Judgement(found.prediction, found.confidence, found.log_x.exp(), y, -(cheap + torch.where(suspicious, further, 0.0)))
@@ -144,7 +152,7 @@ class Guard(nn.Module):
         shared = inputs if self.cuts is None else found[self.cuts.experts]
         features = tuple(vectors(found[place]) for place in (() if self.cuts is None else self.cuts.places))
         confidence, prediction = logits.float().softmax(-1).max(-1)
-        expert_logits = torch.stack([expert(shared) for expert in self.experts])  # [K, N, C]
+        expert_logits = torch.stack([fed(expert, shared) for expert in self.experts])  # [K, N, C]
         return Evidence(prediction, confidence, *geometric_mean(*log_confidence(expert_logits, prediction)), features, shared)
 
     def judge(self, pixels: Tensor, batch: int = 256, ungated: bool = False) -> Judgement:

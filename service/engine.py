@@ -114,7 +114,7 @@ class Engine:
         return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
 
     def _load(self, guard: str, version: int) -> LiveGuard:
-        loaded = bundle.read(self.registry.folder(guard, version))
+        loaded = bundle.read(self.registry.folder(guard, version), self.device)
         size = loaded.description.preprocessing.size
         try:
             loaded.guard.to(self.device)

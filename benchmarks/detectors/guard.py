@@ -19,6 +19,7 @@ from calibration.material import Inputs
 from calibration.pipeline import calibrate
 from models import bundle, trunk
 from models.guard import Guard
+from models.precision import dtype_of
 from models.registry import Registry
 
 REPEATS = {"auto": 0.03, "paper": 0.12}  # training makes more of a rounding: on BadNet `paper` came out between .80 and .90 over seeds and processors
@@ -41,7 +42,7 @@ class BadExpertGuard(Detector):
             began, device = time.monotonic(), clean.pixels.device
             result = calibrate(config, Inputs(checkpoint, clean_set, validation_set), Registry(Path(folder, "guards")), device)
             seconds = time.monotonic() - began
-            kept = bundle.read(Path(folder, "guards", "suspect", str(result.version)))
+            kept = bundle.read(Path(folder, "guards", "suspect", str(result.version)), device)
         self.guard = kept.guard.to(device)
         asked = 1 - float(self.guard.judge(self._as_served(validation.pixels)).auxiliary.isnan().double().mean())
         operations = _operations(self.guard, self._as_served(clean.pixels[:1]).to(device), asked)
@@ -75,5 +76,5 @@ def _operations(guard: Guard, pixels: Tensor, asked: float) -> float:
     """Of one clean image: the suspect, each expert on what the trunk gives, and the auxiliary for the share that is `asked` about."""
     inputs = guard.preprocessing.normalise(pixels)
     shared = guard.evidence(inputs).shared
-    experts = sum(trunk.operations(expert, shared) for expert in guard.experts)
-    return trunk.operations(guard.suspect, inputs) + experts + asked * trunk.operations(guard.auxiliary, inputs)
+    experts = sum(trunk.operations(expert, shared.to(dtype_of(expert))) for expert in guard.experts)
+    return trunk.operations(guard.suspect, inputs) + experts + asked * trunk.operations(guard.auxiliary, inputs.to(dtype_of(guard.auxiliary)))

@@ -31,6 +31,7 @@ from calibration.presets import choose_cuts
 from models import architectures
 from models.guard import Guard
 from models.parallel import cpu_threads
+from models.precision import has_fast_bf16, lowered
 from models.preprocessing import Preprocessing
 from models.trunk import tail_copy
 
@@ -58,13 +59,17 @@ def untrained(architecture: str, device: torch.device, size: int = 224, classes:
     suspect = suspect.to(device).to(memory_format=torch.channels_last)
     experts = [tail_copy(suspect, cuts.experts if cuts else None) for _ in range(recipe.experts)]
     clean = LabelledPixels(pixels.to(device), torch.arange(len(pixels), device=device) % classes)
-    guard = Guard(suspect, experts, copy.deepcopy(suspect), preprocessing, cuts=cuts)
+    auxiliary = copy.deepcopy(suspect)
+    if has_fast_bf16(device):
+        for network in (*experts, auxiliary):
+            lowered(network)
+    guard = Guard(suspect, experts, auxiliary, preprocessing, cuts=cuts)
     return fuse(guard, clean, clean, classes, recipe.asked), pixels, {}
 
 
 def naive(guard: Guard) -> Guard:
-    """Three whole networks for every image, and the published score."""
-    return Guard(guard.suspect, [copy.deepcopy(guard.suspect)], guard.auxiliary, guard.preprocessing)
+    """Three whole networks for every image, all as they were trained, and the published score."""
+    return Guard(guard.suspect, [copy.deepcopy(guard.suspect)], copy.deepcopy(guard.suspect), guard.preprocessing)
 
 
 def alone(guard: Guard) -> Callable[[Tensor], object]:

@@ -48,10 +48,11 @@ def real(device: torch.device) -> tuple[Guard, Tensor, dict[str, Any]]:
     return detector.guard, tests(REAL.dataset).images, caught
 
 
-def untrained(architecture: str, device: torch.device, size: int = 224, classes: int = 10) -> tuple[Guard, Tensor, dict[str, Any]]:
+def untrained(architecture: str, device: torch.device, classes: int = 10) -> tuple[Guard, Tensor, dict[str, Any]]:
     """A guard with random weights, of which a tenth of random images reach the gate; it can catch nothing."""
     torch.manual_seed(0)
-    suspect = architectures.get(architecture).build(classes).eval()
+    known = architectures.get(architecture)
+    suspect, size = known.build(classes).eval(), known.size
     pixels = torch.randint(0, 256, (128, 3, size, size), dtype=torch.uint8)
     preprocessing = Preprocessing(size, size, mean=DATASETS["cifar10"].preprocessing.mean, std=DATASETS["cifar10"].preprocessing.std)
     recipe = AutoRecipe()

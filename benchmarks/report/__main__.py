@@ -1,4 +1,4 @@
-"""Write docs/results.md, its plots and the README's table from the records: `python -m benchmarks.report`."""
+"""Write docs/results.md, its plots, docs/performance.md and the README's tables from the records: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from benchmarks.detectors import PRESETS
 from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
 from benchmarks.report.page import page, summary
+from benchmarks.report.performance import performance
+from benchmarks.report.performance import read as engine_records
 from benchmarks.report.plots import confidences, costs, curves, heat
 from benchmarks.report.tables import table_of_detectors, table_of_scales, weak
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-PAGE, PLOTS = DOCS / "results.md", DOCS / "plots"
+PAGE, PERFORMANCE, PLOTS = DOCS / "results.md", DOCS / "performance.md", DOCS / "plots"
 SOURCE, README_SCALE = "benchmarks/results/evaluation", ("cifar10", "resnet20")
 BY_NETWORK = f"{SOURCE}, by network"
 
@@ -30,6 +32,7 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
     PAGE.write_text(page(found, zoo.records(), promise.read()))
+    PERFORMANCE.write_text(performance(engine_records()))
     README.write_text(readme(README.read_text(), found))
     PLOTS.mkdir(exist_ok=True)
     for dataset, architecture in scales(found):

@@ -10,9 +10,11 @@ from benchmarks import promise, records, zoo
 from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README
-from benchmarks.report.__main__ import PAGE, README_SCALE, readme
+from benchmarks.report.__main__ import PAGE, PERFORMANCE, README_SCALE, readme
 from benchmarks.report.cells import bootstrap, cells, tpr
 from benchmarks.report.page import attempts, left_out, not_evaluated, page
+from benchmarks.report.performance import performance
+from benchmarks.report.performance import read as engine_records
 from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 
 
@@ -24,6 +26,10 @@ def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool 
 
 def test_the_page_is_written_from_the_records() -> None:
     assert PAGE.read_text() == page(records.read(), zoo.records(), promise.read())
+
+
+def test_the_page_of_performance_is_written_from_the_records() -> None:
+    assert PERFORMANCE.read_text() == performance(engine_records())
 
 
 def test_the_readmes_table_is_the_records() -> None:

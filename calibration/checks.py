@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -48,6 +49,23 @@ def degenerate_scores(distinct: int, n: int) -> Caution | None:
     """Scores that tie cannot be cut at a chosen rate."""
     if distinct < 0.9 * n:
         return Caution("degenerate-scores", f"Only {distinct} of {n} validation scores differ from one another.")
+    return None
+
+
+def low_power(canaries: Sequence[dict[str, Any]]) -> Caution | None:
+    """A guard that misses what the calibration planted itself will miss more of what an attacker trained."""
+    missed = [each for each in canaries if each["power"] is not None and each["power"] < 0.5]
+    if missed:
+        kinds = ", ".join(f"{each['kind']} ({each['power']:.0%})" for each in missed)
+        return Caution("low-power", f"Of the backdoors planted in a copy of the suspect the guard catches less than half of some kinds: {kinds}.")
+    return None
+
+
+def no_canary_took(canaries: Sequence[dict[str, Any]]) -> Caution | None:
+    """Nothing chose the settings then, and nothing tells of power."""
+    if canaries and not any(each["took"] for each in canaries):
+        best = max(each["asr"] for each in canaries)
+        return Caution("no-canary-took", f"None of {len(canaries)} backdoors could be planted in a copy of the suspect (at best {best:.0%} of images obeyed).")
     return None
 
 

@@ -11,6 +11,7 @@ from models.errors import Problem
 from models.registry import check_name
 
 Preset = Literal["auto", "paper"]
+Budget = Literal["quick", "standard", "thorough"]
 
 
 def _guard_name(name: str) -> str:
@@ -48,7 +49,17 @@ class CalibrationConfig(InspectionConfig):
 
     name: Annotated[str, AfterValidator(_guard_name)] = Field(description="the guard's name; a known one gets a further version")
     preset: Preset = Field("auto", description="paper: the published recipe; auto: finds its own settings, costs less to serve")
+    budget: Budget = Field(
+        "standard",
+        description="of auto. quick: default settings, no canaries; standard: canaries choose among four settings and tell the guard's power; "
+        "thorough: among six",
+    )
     target_fpr: float = Field(0.01, gt=0, le=0.2, description="share of clean images that may be rejected")
+
+    @property
+    def searches(self) -> bool:
+        """Whether canaries are planted."""
+        return self.preset == "auto" and self.budget != "quick"
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,16 @@ class AutoRecipe:
     expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this
     expert_batch: int = 128
     expert_steps: int = 600  # give up then: some suspects forget slowly
-    auxiliary_lrs: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003, 0.001)  # the hottest that keeps the task
+    auxiliary_lr: float = 0.1  # where to begin, unless canaries say otherwise
+    auxiliary_lrs: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of these the hottest that keeps the task
     auxiliary_keep: float = 0.75  # share of the suspect's held-back accuracy that counts as keeping it
     auxiliary_batch: int = 64
     auxiliary_epochs: int = 10
     auxiliary_steps: tuple[int, ...] = (2, 4, 6, 8)
     auxiliary_decay: float = 0.1
+    canary_lr: float = 0.05
+    canary_batch: int = 64
+    canary_epochs: int = 8
+    canary_rate: float = 0.08  # of each trigger, as a share of the clean images beside it
     c: float = 0.5
     held_back: float = 0.15  # share of the fit part

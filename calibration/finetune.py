@@ -80,6 +80,11 @@ def batches(n: int, size: int, source: torch.Generator, device: torch.device) ->
     return (rows.to(device) for rows in torch.randperm(n, generator=source).split(size) if len(rows) > 1)
 
 
+def finite(networks: Sequence[nn.Module]) -> bool:
+    """Whether training left only numbers."""
+    return all(bool(value.isfinite().all()) for network in networks for value in network.state_dict().values())
+
+
 def train_expert(
     suspect: nn.Module, fit: LabelledPixels, wrong: Tensor, preprocessing: Preprocessing, *, lr: float, batch: int, seed: int, progress: Progress
 ) -> tuple[nn.Module, Curve]:
@@ -89,7 +94,7 @@ def train_expert(
     optimizer = torch.optim.Adam(expert.parameters(), lr)
     steps, losses = max(1, -(-len(fit) // batch)), []
     for step, rows in enumerate(batches(len(fit), batch, source, device), start=1):
-        losses.append(_step(expert, optimizer, augment(fit.pixels[rows], source), wrong.to(device)[fit.labels[rows]], preprocessing))
+        losses.append(training_step(expert, optimizer, augment(fit.pixels[rows], source), wrong.to(device)[fit.labels[rows]], preprocessing))
         progress(step / steps)
     return expert.eval(), Curve(tuple(range(1, len(losses) + 1)), (), tuple(losses))
 
@@ -132,7 +137,7 @@ def train_tails(
             with torch.no_grad(), precision(device):
                 features = trunk(preprocessing.normalise(augment(fit.pixels[rows], source)))
             for index in sorted(running):
-                losses[index].append(_step(tails[index].train(), optimizers[index], features, maps[index][fit.labels[rows]], None))
+                losses[index].append(training_step(tails[index].train(), optimizers[index], features, maps[index][fit.labels[rows]], None))
             if step % check_every == 0:
                 for index in sorted(running):
                     with torch.inference_mode():
@@ -169,9 +174,9 @@ def train_auxiliary(
     right, losses = [], []
     for epoch in range(epochs):
         auxiliary.train()
-        epoch_losses = [
-            _step(auxiliary, optimizer, augment(fit.pixels[rows], source), fit.labels[rows], preprocessing) for rows in batches(len(fit), batch, source, device)
-        ]
+        epoch_losses = []
+        for rows in batches(len(fit), batch, source, device):
+            epoch_losses.append(training_step(auxiliary, optimizer, augment(fit.pixels[rows], source), fit.labels[rows], preprocessing))
         schedule.step()
         losses.append(sum(epoch_losses) / max(1, len(epoch_losses)))
         if held_back is not None:
@@ -180,7 +185,7 @@ def train_auxiliary(
     return auxiliary.eval(), Curve(tuple(range(1, epochs + 1)), tuple(right), tuple(losses))
 
 
-def _step(network: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, preprocessing: Preprocessing | None) -> float:
+def training_step(network: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, preprocessing: Preprocessing | None) -> float:
     """One optimiser step on pixels (or, without preprocessing, on trunk features); returns the loss."""
     with precision(labels.device):
         logits = network(inputs if preprocessing is None else preprocessing.normalise(inputs))

@@ -11,6 +11,7 @@ from torch import Tensor
 from calibration.finetune import LabelledPixels
 from models.distance import fit_distance
 from models.guard import Fusion, Guard, Scales, cheap_surprise, fed
+from models.precision import has_fast_bf16, lowered
 from models.score import log_confidence, measure_scale
 
 
@@ -19,8 +20,12 @@ def fuse(guard: Guard, fit: LabelledPixels, held_back: LabelledPixels, num_class
     """The same guard with the fused score: its distances fitted to clean images with true labels, its scales measured on `held_back`.
 
     The scales come from images that trained nothing, so that no kind of evidence looks better than it will be. asked: the share of clean images that
-    reach the gate.
+    reach the gate. Experts and auxiliary are lowered, in place, to the precision in which the device serves them.
     """
+
+    if has_fast_bf16(fit.labels.device):  # from here on everything is measured on the networks that will serve
+        for network in (*guard.experts, guard.auxiliary):
+            lowered(network)
 
     def inputs(part: LabelledPixels) -> Sequence[Tensor]:
         return [guard.preprocessing.normalise(pixels) for pixels in part.pixels.split(256)]

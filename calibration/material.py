@@ -53,10 +53,11 @@ class Material:
     device: torch.device
 
     def fingerprint(self, config: CalibrationConfig) -> str:
-        """Of everything that training depends on; the validation part, the target and the guard's name are none of it."""
-        parts = [self.fit, *([] if self.held_back is None else [self.held_back])]
+        """Of everything that training depends on; the guard's name is none of it, nor, where no canary asks for them, the validation part and the target."""
+        parts = [self.fit, *([] if self.held_back is None else [self.held_back]), *([self.validation] if config.searches else [])]
         recipe = AutoRecipe() if config.preset == "auto" else paper_recipe(self.understood.suspect.architecture.short_name, self.preprocessing.size)
-        values = (config.preset, config.seed, asdict(recipe), self.num_classes, self.preprocessing.to_json(), self.device.type)
+        asked = (config.budget, config.target_fpr) if config.searches else ()
+        values = (config.preset, asked, config.seed, asdict(recipe), self.num_classes, self.preprocessing.to_json(), self.device.type)
         return fingerprint(values, [*self.network.state_dict().values(), *(tensor for part in parts for tensor in (part.pixels, part.labels))])
 
     @property

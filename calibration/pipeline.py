@@ -24,7 +24,6 @@ from calibration.summary import measure_accuracies, summarise
 from models import bundle
 from models.errors import TrainingDiverged
 from models.guard import Guard
-from models.precision import has_fast_bf16, lowered
 from models.registry import Registry
 from models.threshold import conformal_threshold
 
@@ -55,7 +54,7 @@ def calibrate(
     while untrusted bytes are read. What its stages made is kept in the folder `unfinished` until it is published: begun anew with the same folder, a
     calibration that was stopped goes on behind its last finished stage, with the same result.
     """
-    tracker = Tracker(emit)
+    tracker = Tracker(emit, () if config.searches else ("canaries",))
     with tracker.stage("read") as step, reading():
         opened = read(config, inputs, device, step)
     with tracker.stage("preprocessing"), reading():
@@ -65,9 +64,6 @@ def calibrate(
     with tracker.stage("threshold"):
         guard = Guard(material.network, trained.experts, trained.auxiliary, material.preprocessing, cuts=trained.cuts, c=trained.c)
         if material.held_back is not None and trained.cuts is not None:
-            if has_fast_bf16(device):  # from here on everything is measured on the networks that will serve
-                for network in (*guard.experts, guard.auxiliary):
-                    lowered(network)
             guard = fuse(guard, material.fit, material.held_back, material.num_classes, AutoRecipe.asked)
         judged = guard.judge(material.validation.pixels, ungated=True)  # the report draws y
         if not judged.score.isfinite().all():

@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from calibration.canary import TRIGGERS
 from calibration.finetune import Curve
 from models.guard import Judgement
 from models.preprocessing import Preprocessing
@@ -43,6 +44,7 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         "Clean accuracy, backdoor expert": ", ".join(f"{value:.1%}" for value in accuracy["experts"]),
         "Clean accuracy, auxiliary": f"{accuracy['auxiliary']:.1%}",
         "Threshold": f"{threshold.value:.4f} (natural logarithm of the score)",
+        "Signs of a backdoor": _signs(report),
         "Seconds": ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["stage_seconds"].items()),
         "Made on": ", ".join(f"{key} {value}" for key, value in report["environment"].items()),
     }
@@ -63,10 +65,38 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         f"<h1>Calibration of {html.escape(report['guard'])}</h1>"
         f'<p class="promise">Of clean images like those it was calibrated on, this guard rejects <b>{threshold.target_fpr:.2%}</b>: '
         f"for this set of {threshold.n} validation images the rate lies between <b>{low:.2%}</b> and <b>{high:.2%}</b> with 90% probability.</p>"
-        f"{warnings}<h2>What was calibrated</h2><table>{table}</table><h2>What it looks like</h2>{figures}"
+        f"{warnings}<h2>What was calibrated</h2><table>{table}</table>{_canaries(report)}<h2>What it looks like</h2>{figures}"
         f'<p class="quiet">The promise is about clean images. How many triggered images are caught depends on the attack, and no clean set can tell.</p>'
         "</body></html>\n"
     )
+
+
+def _signs(report: dict[str, Any]) -> str:
+    """What in the suspect's file or in its answers to the clean set speaks for a backdoor; seldom anything does."""
+    speaking = [warning["code"] for warning in report["warnings"] if warning["code"] in ("contamination", "names-code")]
+    return f"see {', '.join(speaking)} above" if speaking else "none in its file or its answers to clean images, which does not prove that there is none"
+
+
+def _canaries(report: dict[str, Any]) -> str:
+    """What the guard's canaries tell of its power; nothing where none were planted."""
+    if not report["canaries"]:
+        return ""
+    rows = "".join(
+        f"<tr><td>{each['kind']}: {TRIGGERS[each['kind']]}</td><td>{_percent(each['asr'])}</td><td>{_percent(each['power'])}</td></tr>"
+        for each in report["canaries"]
+    )
+    setting = ", ".join(f"{name.replace('_', ' ')} {report['settings'][name]:g}" for name in ("expert_stop", "auxiliary_lr"))
+    return (
+        "<h2>What it would catch</h2><p>Backdoors that this calibration planted in a copy of the suspect, and what a guard of that copy rejects of the images "
+        "that fool it, at the target rate. An attacker's own backdoor may be easier or harder to catch than these of a minute's training: they rank, "
+        "they do not promise.</p>"
+        f"<table><tr><th>planted trigger</th><th>fools the copy</th><th>is rejected</th></tr>{rows}</table>"
+        f'<p class="quiet">Of {len(report["search"])} settings tried on them this guard has: {setting}.</p>'
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _histogram(judged: Judgement, labels: Tensor, threshold: Threshold) -> str:

@@ -52,11 +52,14 @@ def summarise(
     """The report as JSON: what the page shows, the service answers and the bundle keeps."""
     suspect, finding = material.understood.suspect, material.understood.finding
     images = {"fit": len(material.fit), "held_back": len(material.held_back or ()), "validation": len(material.validation)}
+    canaries = [] if trained.searched is None else trained.searched.canaries
     cautions = [
         checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
+        checks.no_canary_took(canaries),
+        checks.low_power(canaries),
         checks.sampled(material.left_out, sum(images.values())),
         checks.no_cut(config.preset == "auto" and trained.cuts is None),
         *doubts_on_images(material.understood, clean),
@@ -65,6 +68,7 @@ def summarise(
         "guard": config.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "preset": config.preset,
+        "budget": config.budget if config.preset == "auto" else None,
         "seed": config.seed,
         "architecture": suspect.architecture.name,
         "classes": list(clean.names),
@@ -74,6 +78,8 @@ def summarise(
         "preprocessing": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in finding.candidates],
         "preprocessing_notes": list(finding.notes),
         "settings": trained.settings,
+        "canaries": canaries,
+        "search": [] if trained.searched is None else trained.searched.tried,
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
         "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in clean.warnings],
         "stage_seconds": dict(seconds),

@@ -44,6 +44,7 @@ def calibrate(
     architecture: Architecture = None,
     num_classes: NumClasses = None,
     preset: Annotated[str, typer.Option(help="auto finds its own settings; paper is the published recipe")] = "auto",
+    budget: Annotated[str, typer.Option(help="of auto: quick, standard or thorough; quick plants no canaries")] = "standard",
     target_fpr: Annotated[float, typer.Option(help="share of clean images that may be rejected")] = 0.01,
     seed: Annotated[int, typer.Option(help="the same seed gives the same bundle, byte for byte")] = 0,
     classes: Classes = None,
@@ -53,8 +54,8 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Make a guard out of a suspect checkpoint and a clean set. Stopped, and begun again, it goes on behind its last finished stage."""
-    fields: dict[str, Any] = {"name": name, "architecture": architecture, "preset": preset, "target_fpr": target_fpr, "seed": seed}
-    config = _config(CalibrationConfig, **fields, num_classes=num_classes, classes=classes.split(",") if classes else None)
+    fields: dict[str, Any] = {"name": name, "architecture": architecture, "preset": preset, "budget": budget, "target_fpr": target_fpr}
+    config = _config(CalibrationConfig, **fields, seed=seed, num_classes=num_classes, classes=classes.split(",") if classes else None)
     _check_exist(checkpoint, clean_set, validation_set)
     try:
         registry = Registry(data_dir / "guards")
@@ -239,6 +240,7 @@ def _print_result(event: dict[str, Any], data_dir: Path, active: bool, as_json: 
             "validation_images": promise["n"],
             "threshold": promise["value"],
             "clean_accuracy": report["clean_accuracy"],
+            "canaries": report["canaries"],
             "stage_seconds": report["stage_seconds"],
             "warnings": report["warnings"],
             "active": active,
@@ -252,6 +254,9 @@ def _print_result(event: dict[str, Any], data_dir: Path, active: bool, as_json: 
     console.print(f"Promise          rejects {promise['target_fpr']:.2%} of clean images; 90% interval {low:.2%} to {high:.2%}")
     console.print(f"Clean accuracy   suspect {accuracy['suspect']:.1%}, auxiliary {accuracy['auxiliary']:.1%}", end="")
     console.print(f", expert {', '.join(f'{value:.1%}' for value in accuracy['experts'])}")
+    if report["canaries"]:
+        caught = ", ".join(f"{each['kind']} {each['power']:.0%}" for each in report["canaries"] if each["power"] is not None)
+        console.print(f"Canaries         caught of what was planted in a copy: {caught or 'nothing took'}")
     for warning in report["warnings"]:
         console.print(f"Warning          {warning['code']}: {warning['detail']}", style="yellow", markup=False)
     console.print(f"Report           {folder / 'report.html'}")

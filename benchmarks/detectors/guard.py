@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.detectors.interface import Detector, Observed
 from calibration.config import CalibrationConfig
@@ -34,13 +34,10 @@ class BadExpertGuard(Detector):
 
     def fit(self, suspect: Observed, clean: LabelledPixels, validation: LabelledPixels, seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint, clean_set, validation_set = (Path(folder, name) for name in ("suspect.safetensors", "clean.safetensors", "validation.safetensors"))
-            save_file({name: value.contiguous().cpu() for name, value in suspect.network.state_dict().items()}, checkpoint)
-            for path, part in ((clean_set, clean), (validation_set, validation)):
-                save_file({"images": part.pixels.permute(0, 2, 3, 1).contiguous().cpu(), "labels": part.labels.cpu()}, path)
+            inputs = as_files(Path(folder), suspect.network, clean, validation)
             config = CalibrationConfig.model_validate({"name": "suspect", "preset": self.preset, "seed": seed})
             began, device = time.monotonic(), clean.pixels.device
-            result = calibrate(config, Inputs(checkpoint, clean_set, validation_set), Registry(Path(folder, "guards")), device)
+            result = calibrate(config, inputs, Registry(Path(folder, "guards")), device)
             seconds = time.monotonic() - began
             kept = bundle.read(Path(folder, "guards", "suspect", str(result.version)), device)
         self.guard = kept.guard.to(device)
@@ -70,6 +67,15 @@ class BadExpertGuard(Detector):
         if pixels.shape[-1] == found.size == found.resize:
             return pixels
         return torch.stack([found.pixels(Image.fromarray(image.permute(1, 2, 0).cpu().numpy())) for image in pixels])
+
+
+def as_files(folder: Path, network: nn.Module, clean: LabelledPixels, validation: LabelledPixels) -> Inputs:
+    """What an operator would upload."""
+    inputs = Inputs(folder / "suspect.safetensors", folder / "clean.safetensors", folder / "validation.safetensors")
+    save_file({name: value.contiguous().cpu() for name, value in network.state_dict().items()}, inputs.checkpoint)
+    for path, part in ((inputs.clean_set, clean), (folder / "validation.safetensors", validation)):
+        save_file({"images": part.pixels.permute(0, 2, 3, 1).contiguous().cpu(), "labels": part.labels.cpu()}, path)
+    return inputs
 
 
 def _operations(guard: Guard, pixels: Tensor, asked: float) -> float:

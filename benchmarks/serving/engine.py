@@ -27,11 +27,10 @@ from benchmarks.zoo import Suspect, load
 from calibration.config import AutoRecipe
 from calibration.finetune import LabelledPixels
 from calibration.fusion import fuse
-from calibration.presets import choose_cuts
+from calibration.workshop import choose_cuts
 from models import architectures
 from models.guard import Guard
 from models.parallel import cpu_threads
-from models.precision import has_fast_bf16, lowered
 from models.preprocessing import Preprocessing
 from models.trunk import tail_copy
 
@@ -61,9 +60,6 @@ def untrained(architecture: str, device: torch.device, classes: int = 10) -> tup
     experts = [tail_copy(suspect, cuts.experts if cuts else None) for _ in range(recipe.experts)]
     clean = LabelledPixels(pixels.to(device), torch.arange(len(pixels), device=device) % classes)
     auxiliary = copy.deepcopy(suspect)
-    if has_fast_bf16(device):
-        for network in (*experts, auxiliary):
-            lowered(network)
     guard = Guard(suspect, experts, auxiliary, preprocessing, cuts=cuts)
     return fuse(guard, clean, clean, classes, recipe.asked), pixels, {}
 

@@ -16,6 +16,8 @@ from torch.nn.functional import interpolate
 from benchmarks.attacks import ATTACKS, Attack, Task
 from benchmarks.data import DATASETS, Dataset
 from models import architectures
+from models.architectures import Architecture
+from models.errors import ConfigInvalid
 
 ROOT = Path(__file__).parent
 
@@ -74,8 +76,14 @@ class Enlarge(nn.Module):
 
 
 def build(architecture: str, dataset: Dataset) -> nn.Module:
-    """With random weights, for images of the data set's size. One that takes no other size than its own gets them enlarged, as BackdoorBench does it."""
-    known = architectures.get(architecture)
+    """With random weights, for images of the data set's size; NAME@SIZE gets them enlarged to another, as BackdoorBench does it.
+
+    A network that takes no other size than its own gets them enlarged to that.
+    """
+    name, _, size = architecture.partition("@")
+    known = architectures.get(name)
+    if size:
+        return nn.Sequential(Enlarge(int(size)), _resized(name, int(size)).build(dataset.num_classes))
     network = known.build(dataset.num_classes)
     try:
         with torch.inference_mode():
@@ -83,6 +91,16 @@ def build(architecture: str, dataset: Dataset) -> nn.Module:
     except (AssertionError, RuntimeError):
         network = nn.Sequential(Enlarge(known.size), network)
     return network
+
+
+def _resized(name: str, size: int) -> Architecture:
+    """The architecture for images of another size: transformers are built for one, other networks take any."""
+    try:
+        resized = architectures.get(name, {"img_size": size})
+        resized.build(2)
+        return resized
+    except ConfigInvalid:
+        return architectures.get(name)
 
 
 def load(suspect: Suspect, zoo: Path = ROOT) -> Kept:

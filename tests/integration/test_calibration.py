@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calibration.canary import KINDS, TOOK
 from calibration.clean_set import open_clean_set
 from calibration.config import CalibrationConfig
 from calibration.evaluation import evaluate_guard
@@ -117,14 +118,14 @@ def test_a_calibration_that_was_stopped_goes_on_and_gives_the_same_bundle_byte_f
     with pytest.raises(KeyboardInterrupt):
         calibrate(config, inputs, registry, CPU, stop, unfinished=tmp_path / "unfinished")
     assert not registry.versions("planes")
-    monkeypatch.setattr("calibration.presets.train_tails", None)  # neither is trained again
-    monkeypatch.setattr("calibration.presets.train_auxiliary", None)
+    for training in ("workshop.train_tails", "workshop.train_auxiliary", "search.plant"):
+        monkeypatch.setattr(f"calibration.{training}", None)  # none is made again
     second = calibrate(config, inputs, registry, CPU, unfinished=tmp_path / "unfinished")
-    assert second.report["resumed"] == ["expert", "auxiliary"]
+    assert second.report["resumed"] == ["canaries", "expert", "auxiliary"]
     assert not (tmp_path / "unfinished").exists()
     assert second.bundle_id == first.bundle_id
-    assert {key: second.report[key] for key in ("settings", "expert_steps", "promise")} == {
-        key: first.report[key] for key in ("settings", "expert_steps", "promise")
+    assert {key: second.report[key] for key in ("settings", "expert_steps", "promise", "canaries", "search")} == {
+        key: first.report[key] for key in ("settings", "expert_steps", "promise", "canaries", "search")
     }
     for name in ("suspect", "experts", "auxiliary", "distance", "validation"):
         one, other = (root / "guards" / "planes" / "1" / f"{name}.safetensors" for root in (data_dir, tmp_path))
@@ -140,10 +141,24 @@ def test_the_published_recipe_uses_one_whole_expert_and_says_how_far_it_is(small
     assert found.guard.experts[0].state_dict().keys() == found.guard.suspect.state_dict().keys()
     settings = result.report["settings"]
     assert (settings["expert_lr"], settings["auxiliary_lr"], settings["auxiliary_epochs"], settings["auxiliary_steps"]) == (1e-4, 0.1, 10, (2, 4, 6, 8))
-    assert list(dict.fromkeys(event.stage for event in events)) == list(STAGES)
+    assert list(dict.fromkeys(event.stage for event in events)) == [stage for stage in STAGES if stage != "canaries"]
     fractions = [event.fraction for event in events]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
+
+
+def test_canaries_choose_among_settings_and_tell_what_is_caught(calibrated: tuple[Path, Result]) -> None:
+    report = calibrated[1].report
+    assert [each["kind"] for each in report["canaries"]] == list(KINDS)
+    took = [each for each in report["canaries"] if each["took"]]
+    assert len(took) >= 3  # from 200 images
+    assert all(each["asr"] >= TOOK and 0 <= each["power"] <= 1 for each in took)
+    assert max(each["power"] for each in took) > 0.9
+    assert {(each["expert_stop"], each["auxiliary_lr"]) for each in report["search"]} == {(stop, lr) for stop in (0.2, 0.4) for lr in (0.1, 0.03)}
+    assert report["settings"]["expert_stop"] in (0.2, 0.4)
+    page = (calibrated[0] / "guards" / "planes" / "1" / "report.html").read_text()
+    assert "What it would catch" in page
+    assert f"{took[0]['power']:.1%}" in page
 
 
 def test_the_reports_are_whole_and_need_nothing_from_elsewhere(calibrated: tuple[Path, Result]) -> None:

@@ -31,7 +31,7 @@ def material(held_back: bool) -> Material:
 
 
 def train(preset: Preset, given: Material) -> presets.Trained:
-    return presets.train(CalibrationConfig(name="g", preset=preset), given, Tracker(lambda _: None), Resume(None, ""))
+    return presets.train(CalibrationConfig(name="g", preset=preset, budget="quick"), given, Tracker(lambda _: None), Resume(None, ""))
 
 
 @pytest.mark.parametrize("recipe", [PaperRecipe(expert_lr=1e30, expert_batch=32), PaperRecipe(auxiliary_lr=1e30)], ids=["expert", "auxiliary"])
@@ -49,6 +49,6 @@ def test_auto_takes_the_first_learning_rate_that_does_not_diverge(monkeypatch: p
 
 
 def test_auto_refuses_where_every_learning_rate_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "AutoRecipe", lambda: replace(AutoRecipe(), auxiliary_lrs=(1e30,), expert_steps=5, auxiliary_epochs=1))
+    monkeypatch.setattr(presets, "AutoRecipe", lambda: replace(AutoRecipe(), auxiliary_lr=1e30, auxiliary_lrs=(1e30,), expert_steps=5, auxiliary_epochs=1))
     with pytest.raises(TrainingDiverged):
         train("auto", material(held_back=True))

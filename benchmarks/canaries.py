@@ -1,0 +1,112 @@
+"""What canaries are worth: `python -m benchmarks.canaries`.
+
+For each suspect of the zoo that passes its gate: canaries are planted in a copy, every setting of the largest search is tried on them, and then on the suspect
+itself with the real attack's images, which no calibration ever has. Kept are what the search chose, how often each setting really catches the attack, and the
+power that the canaries promised. One JSON record a suspect, in benchmarks/results/canaries.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import records
+from benchmarks.data import DATASETS, partition
+from benchmarks.detectors.guard import as_files
+from benchmarks.evaluate import tests, triggered
+from benchmarks.zoo import ROOT, Suspect, kept, load
+from calibration.config import AutoRecipe, Budget, CalibrationConfig
+from calibration.finetune import LabelledPixels
+from calibration.material import Material, prepare, read
+from calibration.resume import Resume
+from calibration.search import make_guards, search
+from calibration.split import split
+from calibration.workshop import Workshop, choose_cuts
+from models.guard import Guard
+from models.parallel import cpu_threads
+from models.threshold import conformal_threshold
+
+RESULTS = Path(__file__).parent / "results" / "canaries.json"
+TARGET = 0.01
+BUDGET: Budget = "thorough"
+
+
+def measure(which: Suspect, device: torch.device, zoo: Path = ROOT, budget: Budget = BUDGET) -> dict[str, Any]:
+    """The record of one suspect, of seed 0."""
+    began, suspect = time.monotonic(), load(which, zoo)
+    if device.type == "cpu":
+        torch.set_num_threads(cpu_threads(suspect.network, DATASETS[which.dataset].preprocessing.size))
+    clean_set, reported = partition(tests(which.dataset).to(device))
+    parts = split(clean_set.labels.cpu().numpy(), np.arange(len(clean_set.labels)), TARGET / 2, 0.0, 0)
+    clean, validation = (LabelledPixels(*vars(clean_set[torch.from_numpy(rows).to(device)]).values()) for rows in (parts.fit, parts.validation))
+    config = CalibrationConfig.model_validate({"name": "suspect", "budget": budget, "target_fpr": TARGET})
+    with tempfile.TemporaryDirectory() as folder:
+        material = prepare(config, read(config, as_files(Path(folder), suspect.network, clean, validation), device), device)
+    assert material.held_back is not None  # `auto` has one
+    cuts, _ = choose_cuts(material.network, material.preprocessing.normalise(material.fit.pixels[:1]), AutoRecipe())
+    workshop = Workshop(AutoRecipe(), material, material.held_back, cuts, config.seed)
+    found = search(workshop, budget, TARGET, Resume(None, ""), lambda _: None)
+    searching = time.monotonic() - began
+    attacked = triggered(suspect, reported)
+    real = {setting: _caught(guard, material, attacked.images, attacked.labels) for setting, guard in make_guards(workshop, material.network, budget).items()}
+    return {
+        **{"suspect": which.stem, "weights_sha256": suspect.sha256, "target_fpr": TARGET, "budget": budget, **records.circumstances(device)},
+        **{"seconds": round(time.monotonic() - began, 1), "search_seconds": round(searching, 1)},
+        **{"chosen": asdict(found.chosen), "canaries": found.canaries},
+        "tried": [{**each, "real": real[setting]} for each, setting in zip(found.tried, real, strict=True)],
+        "real": real[found.chosen],
+    }
+
+
+def _caught(guard: Guard, material: Material, images: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The share of attacked images that fool the suspect and are rejected."""
+    threshold = conformal_threshold(guard.judge(material.validation.pixels).score, TARGET)
+    judged = guard.judge(images)
+    fooled = judged.prediction == wanted.cpu()
+    return round((judged.score[fooled] < threshold.value).double().mean().item(), 4)
+
+
+def read_records() -> list[dict[str, Any]]:
+    """What was measured."""
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.canaries", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=["all", *DATASETS], default="all")
+    parser.add_argument("--architecture", default="resnet20")
+    parser.add_argument("--attack", default="all", help="which suspect of the zoo")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--zoo", type=Path, default=ROOT)
+    parser.add_argument("--json", action="store_true", help="print, and leave the record in git as it is")
+    args = parser.parse_args()
+    suspects = [
+        each
+        for each in kept(args.zoo)
+        if each.architecture == args.architecture and args.dataset in ("all", each.dataset) and args.attack in ("all", each.attack)
+    ]
+    suspects = [each for each in suspects if each.attack != "clean" and load(each, args.zoo).passes_gate]
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        for record in pool.map(partial(measure, device=torch.device(args.device), zoo=args.zoo), suspects):
+            print(json.dumps(record), flush=True)
+            if not args.json:
+                known = [each for each in read_records() if each["suspect"] != record["suspect"]]
+                RESULTS.write_text(json.dumps(sorted([*known, record], key=lambda each: each["suspect"]), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

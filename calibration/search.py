@@ -1,0 +1,153 @@
+"""Choose the settings of `auto` by what a guard with them makes of canaries.
+
+Guards of the canaried copy are made with every setting of a grid. The best is that whose worst-caught canary is caught most often, at the target FPR, among
+held-back images; the default wins unless another does better by more than MARGIN. No validation image has a part in the choice, so that the promise of
+the threshold stands. With the chosen setting the validation images then tell how often each kind is caught: the report's estimate of power.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibration.canary import KINDS, Canary, Trigger, draw_all, plant
+from calibration.config import Budget
+from calibration.finetune import LabelledPixels, Progress
+from calibration.resume import Made, Resume
+from calibration.workshop import Workshop
+from models.guard import Guard
+from models.threshold import conformal_threshold
+
+MARGIN = 0.02  # a held-back part of some hundred images does not tell smaller differences from luck
+# What is tried beside the default, budget by budget.
+STOPS: dict[Budget, tuple[float, ...]] = {"quick": (), "standard": (0.2, 0.4), "thorough": (0.2, 0.4)}
+HOTTEST: dict[Budget, tuple[float, ...]] = {"quick": (), "standard": (0.1, 0.03), "thorough": (0.3, 0.1, 0.03)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is searched."""
+
+    expert_stop: float  # the held-back accuracy at which an expert is stopped
+    auxiliary_lr: float  # the hottest that may be taken
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the canaries said; all of it as the report has it."""
+
+    chosen: Setting
+    canaries: list[dict[str, Any]]  # kind, target, asr, took, and power: the share that the chosen setting catches of those that fool the copy
+    tried: list[dict[str, Any]]  # setting, and what it caught of each kind among held-back images
+
+
+def search(workshop: Workshop, budget: Budget, target_fpr: float, resume: Resume, step: Progress) -> Searched:
+    """Plant canaries, try the settings of a budget, choose one, and estimate its power. Where no canary took, the default is chosen."""
+    known: dict[str, Any]
+    _, known = resume.networks("canaries", lambda _: [], lambda: _search(workshop, budget, target_fpr, step))
+    return Searched(Setting(**known["chosen"]), known["canaries"], known["tried"])
+
+
+def _search(workshop: Workshop, budget: Budget, target_fpr: float, step: Progress) -> Made:
+    material, held_back, default = workshop.material, workshop.held_back, default_setting(workshop)
+    triggers = draw_all(KINDS, material.num_classes, material.fit.labels, material.preprocessing.size, workshop.seed)
+    canary = plant_by_recipe(workshop, triggers, lambda done: step(0.2 * done))
+    stamped = {trigger.kind: stamp(trigger, held_back) for trigger in canary.took}
+    guards: dict[Setting, Guard] = {}
+    tried = []
+    if stamped:
+        guards = make_guards(workshop, canary.network, budget, lambda done: step(0.2 + 0.7 * done))
+        for setting, guard in guards.items():
+            tried.append({**asdict(setting), "caught": caught(guard, held_back, stamped, canary, target_fpr)})
+    chosen = choose(tried, default)
+    power: dict[str, float | None] = {}
+    if stamped:
+        validation = material.validation
+        power = caught(guards[chosen], validation, {trigger.kind: stamp(trigger, validation) for trigger in canary.took}, canary, target_fpr)
+    step(1.0)
+    about = [
+        {"kind": trigger.kind, "asr": round(asr, 4), "took": trigger in canary.took, "power": power.get(trigger.kind)}
+        for trigger, asr in zip(canary.triggers, canary.asr, strict=True)
+    ]
+    return [], {"chosen": asdict(chosen), "canaries": about, "tried": tried}
+
+
+def default_setting(workshop: Workshop) -> Setting:
+    """What `auto` takes without a search."""
+    return Setting(workshop.recipe.expert_stop, workshop.recipe.auxiliary_lr)
+
+
+def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], step: Progress) -> Canary:
+    """With the constants of the recipe."""
+    recipe, material = workshop.recipe, workshop.material
+    return plant(
+        material.network,
+        triggers,
+        material.fit,
+        workshop.held_back,
+        material.preprocessing,
+        lr=recipe.canary_lr,
+        batch=recipe.canary_batch,
+        epochs=recipe.canary_epochs,
+        rate=recipe.canary_rate,
+        seed=workshop.seed,
+        progress=step,
+    )
+
+
+def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, step: Progress = lambda _: None) -> dict[Setting, Guard]:
+    """A guard of `network` for every setting of a budget: each kind of expert and of auxiliary is trained once."""
+    stops, rates = STOPS[budget], HOTTEST[budget]
+    parts, done = len(stops) + 2 * len(rates), 0
+
+    def within(weight: int) -> Progress:
+        return lambda share: step((done + weight * share) / parts)
+
+    experts: dict[float, list[nn.Module]] = {}
+    auxiliaries: dict[float, nn.Module] = {}
+    for stop in stops:
+        experts[stop], _, _ = workshop.experts(network, stop, within(1))
+        done += 1
+    for lr in rates:
+        auxiliaries[lr], _, _ = workshop.auxiliary(network, lr, within(2))
+        done += 2
+    return {Setting(stop, lr): workshop.guard(network, experts[stop], auxiliaries[lr]) for stop, lr in product(stops, rates)}
+
+
+def stamp(trigger: Trigger, images: LabelledPixels) -> LabelledPixels:
+    """The eligible ones, stamped, with the attacker's label."""
+    rows = trigger.eligible(images.labels)
+    return LabelledPixels(trigger(images.pixels[rows]), torch.full_like(images.labels[rows], trigger.target))
+
+
+def caught(guard: Guard, clean: LabelledPixels, stamped: dict[str, LabelledPixels], canary: Canary, target_fpr: float) -> dict[str, float | None]:
+    """Of each kind the share, of stamped images that fool the copy, that a threshold of the clean ones rejects; None where none fools it."""
+    scores = guard.judge(clean.pixels).score
+    threshold = conformal_threshold(scores, max(target_fpr, 1.001 / (len(scores) + 1)))
+    found: dict[str, float | None] = {}
+    for kind, images in stamped.items():
+        judged = guard.judge(images.pixels)
+        fooled = judged.prediction == images.labels.cpu()
+        found[kind] = round(_share(judged.score[fooled] < threshold.value), 4) if fooled.any() else None
+    return found
+
+
+def choose(tried: list[dict[str, Any]], default: Setting) -> Setting:
+    """The setting with the best worst-caught canary; the default where none is better by more than MARGIN."""
+    worth = {Setting(each["expert_stop"], each["auxiliary_lr"]): worst(each["caught"]) for each in tried}
+    if not worth:
+        return default
+    best = max(worth, key=worth.__getitem__)
+    return best if default not in worth or worth[best] > worth[default] + MARGIN else default
+
+
+def worst(shares: dict[str, float | None]) -> float:
+    return min((share for share in shares.values() if share is not None), default=0.0)
+
+
+def _share(values: Tensor) -> float:
+    return values.double().mean().item()

@@ -1,0 +1,93 @@
+"""What `auto` makes out of a network, which is the suspect or a copy with canaries: experts, an auxiliary, the guard of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from calibration.config import AutoRecipe
+from calibration.finetune import Curve, LabelledPixels, Progress, accuracy, finite, train_auxiliary, train_tails
+from calibration.fusion import fuse
+from calibration.material import Material
+from models import trunk
+from models.errors import TrainingDiverged
+from models.guard import Cuts, Guard
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """The images, the cuts and the constants, which are the same for every network."""
+
+    recipe: AutoRecipe
+    material: Material
+    held_back: LabelledPixels
+    cuts: Cuts | None
+    seed: int
+
+    @property
+    def cut(self) -> str | None:
+        return None if self.cuts is None else self.cuts.experts
+
+    def experts(self, network: nn.Module, stop: float, step: Progress) -> tuple[list[nn.Module], list[Curve], float]:
+        """Experts that were stopped at a held-back accuracy of `stop`, with their curves and the learning rate. Raises TrainingDiverged."""
+        for lr in self.recipe.expert_lrs:
+            tails, curves = train_tails(
+                network,
+                self.cut,
+                self.recipe.experts,
+                self.material.fit,
+                self.held_back,
+                self.material.num_classes,
+                self.material.preprocessing,
+                lr=lr,
+                batch=self.recipe.expert_batch,
+                stop_at=stop,
+                max_steps=self.recipe.expert_steps,
+                seed=self.seed,
+                progress=step,
+            )
+            if finite(tails):
+                return tails, curves, lr
+        raise TrainingDiverged
+
+    def auxiliary(self, network: nn.Module, hottest: float, step: Progress) -> tuple[nn.Module, Curve, float]:
+        """The auxiliary of the hottest learning rate, from `hottest` on, that keeps the task, with its curve. Raises TrainingDiverged."""
+        keep = self.recipe.auxiliary_keep * accuracy(network.eval(), self.held_back, self.material.preprocessing)
+        for lr in (rate for rate in self.recipe.auxiliary_lrs if rate <= hottest):
+            auxiliary, curve = train_auxiliary(
+                network,
+                self.material.fit,
+                self.held_back,
+                self.material.preprocessing,
+                lr=lr,
+                batch=self.recipe.auxiliary_batch,
+                epochs=self.recipe.auxiliary_epochs,
+                steps_at=self.recipe.auxiliary_steps,
+                decay=self.recipe.auxiliary_decay,
+                seed=self.seed,
+                progress=step,
+            )
+            if curve.accuracy[-1] >= keep:
+                break
+        if not finite([auxiliary]):
+            raise TrainingDiverged
+        return auxiliary, curve, lr
+
+    def guard(self, network: nn.Module, experts: Sequence[nn.Module], auxiliary: nn.Module) -> Guard:
+        """With the fused score where the network can be cut, with the published one where not."""
+        guard = Guard(network, experts, auxiliary, self.material.preprocessing, cuts=self.cuts, c=self.recipe.c)
+        if self.cuts is None:
+            return guard
+        return fuse(guard, self.material.fit, self.held_back, self.material.num_classes, self.recipe.asked)
+
+
+def choose_cuts(network: nn.Module, example: Tensor, recipe: AutoRecipe) -> tuple[Cuts | None, float]:
+    """Where to cut, and the share of the network behind it. None for a network that cannot be: its experts are then whole copies of it."""
+    try:
+        cut = trunk.choose_cut(network, example, recipe.tail_share)
+        places = trunk.places(network, example, (recipe.tail_share, *recipe.distance_shares))
+        return Cuts(experts=cut.name, places=tuple(place.name for place in places)), cut.tail_share
+    except trunk.CannotCut:
+        return None, 1.0

@@ -1,0 +1,34 @@
+"""The choice of settings: by the canary that is caught worst, and the default where luck could explain the difference."""
+
+from __future__ import annotations
+
+import pytest
+
+from calibration.search import MARGIN, Setting, choose, worst
+
+DEFAULT, OTHER = Setting(0.2, 0.1), Setting(0.4, 0.03)
+
+
+def tried(default: dict[str, float | None], other: dict[str, float | None]) -> list[dict[str, object]]:
+    return [{**vars(setting), "caught": caught} for setting, caught in ((DEFAULT, default), (OTHER, other))]
+
+
+@pytest.mark.parametrize(
+    ("default", "other", "best"),
+    [
+        ({"patch": 1.0, "warp": 0.3}, {"patch": 0.9, "warp": 0.5}, OTHER),  # the worst decides, not the mean
+        ({"patch": 1.0, "warp": 0.5}, {"patch": 1.0, "warp": 0.5 + MARGIN / 2}, DEFAULT),
+        ({"patch": 1.0, "warp": 0.5}, {"patch": 1.0, "warp": 0.4}, DEFAULT),
+        ({"patch": 0.4, "warp": None}, {"patch": 0.6, "warp": None}, OTHER),  # what fools nobody says nothing
+    ],
+)
+def test_the_best_worst_case_wins_by_more_than_luck(default: dict[str, float | None], other: dict[str, float | None], best: Setting) -> None:
+    assert choose(tried(default, other), DEFAULT) == best
+
+
+def test_without_canaries_the_default_is_taken() -> None:
+    assert choose([], DEFAULT) == DEFAULT
+
+
+def test_nothing_that_fools_is_nothing_caught() -> None:
+    assert worst({"patch": None}) == 0.0

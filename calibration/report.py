@@ -15,7 +15,7 @@ from calibration.canary import TRIGGERS
 from calibration.finetune import Curve
 from models.guard import Judgement
 from models.preprocessing import Preprocessing
-from models.threshold import Threshold
+from models.threshold import COUNTED, Threshold
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -64,7 +64,7 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         f"<title>Calibration of {html.escape(report['guard'])}</title><style>{_STYLE}</style></head><body>"
         f"<h1>Calibration of {html.escape(report['guard'])}</h1>"
         f'<p class="promise">Of clean images like those it was calibrated on, this guard rejects <b>{threshold.target_fpr:.2%}</b>: '
-        f"for this set of {threshold.n} validation images the rate lies between <b>{low:.2%}</b> and <b>{high:.2%}</b> with 90% probability.</p>"
+        f"by its {threshold.n} validation images, between <b>{low:.2%}</b> and <b>{high:.2%}</b> of the next {COUNTED:,} with 90% probability.</p>"
         f"{warnings}<h2>What was calibrated</h2><table>{table}</table>{_canaries(report)}<h2>What it looks like</h2>{figures}"
         f'<p class="quiet">The promise is about clean images. How many triggered images are caught depends on the attack, and no clean set can tell.</p>'
         "</body></html>\n"

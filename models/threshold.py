@@ -1,4 +1,8 @@
-"""The threshold and what it promises: an order statistic of clean scores, and the distribution of the rate that it will realise."""
+"""The threshold and what it promises: an order statistic of clean scores, and the distribution of the rate that it will realise.
+
+For images without end the rate has the distribution Beta(rank, n + 1 - rank) (Vovk 2012); among a number of images, which is all that anybody can count, the
+number of rejections is beta-binomial.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,15 @@ if TYPE_CHECKING:  # plain arithmetic otherwise: who only reasons about promises
     from torch import Tensor
 
 
+COUNTED = 5000  # images that the promised interval is about
+
+
 @dataclass(frozen=True)
 class Threshold:
     """A threshold and what it promises. Reject when score < value.
 
     `rank`-th smallest of `n` validation scores: a clean image from the same source is then rejected with probability rank / (n + 1), on average over
-    validation sets; for the set at hand the rate lies in `interval` with probability 0.9 (Vovk 2012: Beta(rank, n + 1 - rank)).
+    validation sets; for the set at hand the share that it rejects of the next COUNTED of them lies in `interval` with probability 0.9, at least.
     """
 
     value: float
@@ -36,23 +43,17 @@ def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
             f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {1 / (n + 1):.3g} is the least. "
             f"Ask for that, or bring at least {math.ceil(1 / target_fpr) - 1} validation images."
         )
-    value = scores.sort().values[rank - 1].item()
-    return Threshold(value, target_fpr, n, rank, (beta_quantile(0.05, rank, n), beta_quantile(0.95, rank, n)))
-
-
-def beta_quantile(probability: float, rank: int, n: int) -> float:
-    """The quantile of Beta(rank, n + 1 - rank), by bisection: its distribution function at x is P(Binomial(n, x) >= rank)."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = sum(math.exp(_log_choose(n, j) + j * math.log(middle) + (n - j) * math.log1p(-middle)) for j in range(rank))
-        low, high = (middle, high) if 1 - below < probability else (low, middle)
-    return (low + high) / 2
+    few, many = _rejections(rank, n, COUNTED, 0.9)
+    return Threshold(scores.sort().values[rank - 1].item(), target_fpr, n, rank, (few / COUNTED, many / COUNTED))
 
 
 def rejections_expected(threshold: Threshold, images: int, level: float = 0.9) -> tuple[int, int]:
     """Among so many new clean images, between how many rejections lie with probability `level` (beta-binomial)."""
-    a, b, total, found = threshold.rank, threshold.n + 1 - threshold.rank, 0.0, [0, images]
+    return _rejections(threshold.rank, threshold.n, images, level)
+
+
+def _rejections(rank: int, n: int, images: int, level: float) -> tuple[int, int]:
+    a, b, total, found = rank, n + 1 - rank, 0.0, [0, images]
     tail = (1 - level) / 2
     for j in range(images + 1):
         total += math.exp(_log_choose(images, j) + _log_beta(j + a, images - j + b) - _log_beta(a, b))

@@ -146,9 +146,9 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
     if promises:
         lines += [
             *("", "## The promised rate of false rejections", ""),
-            "Written by `python -m benchmarks.promise`. Clean test images are divided 200 times at random: n set the threshold, the others are judged by it.",
-            "Promised is the interval in which the rate lies with 90% probability, of images without end. A rate among those judged scatters more, which the",
-            "widened interval allows for: 90% of all divisions must lie in that one.",
+            "Written by `python -m benchmarks.promise`. Clean test images are divided 1,000 times at random: n set the threshold, the others are judged by it.",
+            "Promised is an interval in which the rate among the next 5,000 images lies with 90% probability. It is kept if nine divisions in ten lie in it;",
+            "by chance alone, 200 of them scatter by two points and more.",
             *("", *table_of_promises(promises)),
         ]
     return "\n".join(lines) + "\n"

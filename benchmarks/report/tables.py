@@ -79,12 +79,12 @@ def table_of_costs(grouped: Cells) -> list[str]:
 
 def table_of_promises(found: Sequence[Record]) -> list[str]:
     """For each guard, number of validation images and target: how often the promise was kept over random divisions."""
-    lines = [row("guard", "n", "target", "promised, 90%", "mean rate", "judged", "in the promised", "in the widened"), row(*["---"] * 8)]
+    lines = [row("guard", "n", "target", "promised, 90%", "mean rate", "judged", "kept, of 1,000", "of the first 200"), row(*["---"] * 8)]
     for record in found:
         for each in record["found"]:
             low, high = each["interval"]
             rates = (f"{each['target_fpr']:.1%}", f"{low:.2%} to {high:.2%}", f"{each['mean_rate']:.2%}", str(each["judged"]))
-            kept = (f"{each['within_told']:.1%}", f"{each['within_widened']:.1%}")
+            kept = (f"{each['within']:.1%}", f"{each['within_few']:.1%}")
             lines.append(row(f"{record['suspect']}, `{record['preset']}`", str(each["n"]), *rates, *kept))
     return lines
 

@@ -121,9 +121,9 @@ def test_where_another_detector_is_ahead_is_told_by_attack() -> None:
 
 
 def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:
-    found = {"n": 200, "target_fpr": 0.01, "interval": [0.002, 0.024], "mean_rate": 0.0099, "judged": 8800, "within_told": 0.875, "within_widened": 0.91}
+    found = {"n": 200, "target_fpr": 0.01, "interval": [0.002, 0.024], "mean_rate": 0.0099, "judged": 8800, "within": 0.912, "within_few": 0.89}
     lines = table_of_promises([{"suspect": "cifar10/resnet20/badnet", "preset": "auto", "found": [found]}])
-    assert lines[2:] == ["| cifar10/resnet20/badnet, `auto` | 200 | 1.0% | 0.20% to 2.40% | 0.99% | 8800 | 87.5% | 91.0% |"]
+    assert lines[2:] == ["| cifar10/resnet20/badnet, `auto` | 200 | 1.0% | 0.20% to 2.40% | 0.99% | 8800 | 91.2% | 89.0% |"]
 
 
 def test_what_auto_was_chosen_on_is_left_out_of_a_mean_of_its_own() -> None:

@@ -1,0 +1,85 @@
+"""How many clean images a guard needs: `python -m benchmarks.few_images`.
+
+The same suspects are guarded with clean sets of different sizes, which the calibration divides by itself; what is rejected is counted among the images of the
+evaluation. One JSON record a suspect and size, in benchmarks/results/few_images.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import records
+from benchmarks.data import DATASETS, partition
+from benchmarks.evaluate import tests, triggered
+from benchmarks.zoo import ROOT, Suspect, load
+from calibration.config import CalibrationConfig
+from calibration.figures import Scored, figures
+from calibration.material import Inputs
+from calibration.pipeline import calibrate
+from models import bundle
+from models.errors import Problem
+from models.parallel import cpu_threads
+from models.registry import Registry
+
+RESULTS = Path(__file__).parent / "results" / "few_images.json"
+SIZES = (200, 300, 500, 1000, 2000)
+SUSPECTS = (("cifar10", "badnet"), ("cifar10", "blend"), ("cifar10", "wanet"), ("cifar10", "adap_blend"), ("gtsrb", "badnet"), ("gtsrb", "adap_blend"))
+TARGET = 0.01
+
+
+def measure(which: Suspect, size: int, device: torch.device, zoo: Path = ROOT) -> dict[str, Any]:
+    """The record of one suspect and clean set, of seed 0."""
+    began, suspect = time.monotonic(), load(which, zoo)
+    torch.set_num_threads(cpu_threads(suspect.network, DATASETS[which.dataset].preprocessing.size))
+    clean_set, reported = partition(tests(which.dataset))
+    record = {"suspect": which.stem, "weights_sha256": suspect.sha256, "images": size, "target_fpr": TARGET, **records.circumstances(device)}
+    config = CalibrationConfig.model_validate({"name": "suspect", "budget": "quick", "target_fpr": TARGET})
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, registry = Inputs(Path(folder, "suspect.safetensors"), Path(folder, "clean.safetensors")), Registry(Path(folder, "guards"))
+        save_file({name: value.contiguous() for name, value in suspect.network.state_dict().items()}, inputs.checkpoint)
+        save_file({"images": clean_set.images[:size].permute(0, 2, 3, 1).contiguous(), "labels": clean_set.labels[:size].contiguous()}, inputs.clean_set)
+        try:
+            result = calibrate(config, inputs, registry, device)
+        except Problem as problem:  # a result, too
+            return {**record, "refused": f"{problem.code}: {problem.detail}", "seconds": round(time.monotonic() - began, 1)}
+        kept = bundle.read(registry.folder("suspect", result.version), device)
+    attacked = triggered(suspect, reported)
+    clean, attack = (kept.guard.to(device).judge(images.to(device)) for images in (reported.images, attacked.images))
+    found = figures(
+        Scored(clean.score, clean.prediction, reported.labels), Scored(attack.score, attack.prediction, attacked.labels), kept.validation_scores, (TARGET,)
+    )
+    at = found["at"][f"{TARGET:g}"]
+    shown = {"tpr": at["tpr_masked"], "realised_fpr": at["realised_fpr"], "promised_interval": at["promised_interval"], "auroc": found["auroc_masked"]}
+    return {**record, "validation": found["validation_images"], **shown, "seconds": round(time.monotonic() - began, 1)}
+
+
+def read() -> list[dict[str, Any]]:
+    """What was measured."""
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.few_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="print, and leave the record in git as it is")
+    args = parser.parse_args()
+    for (dataset, attack), size in product(SUSPECTS, SIZES):
+        record = measure(Suspect(dataset, "resnet20", attack), size, torch.device(args.device))
+        print(json.dumps(record), flush=True)
+        if not args.json:
+            known = [each for each in read() if (each["suspect"], each["images"]) != (record["suspect"], size)]
+            RESULTS.write_text(json.dumps(sorted([*known, record], key=lambda each: (each["suspect"], each["images"])), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,8 +34,9 @@ def evaluate_guard(
     Both sets carry true labels. target: the class that the attacker wants, by name; without it, any wrong class counts as the attacker's success.
     target_fpr: None for that of the calibration. `reading` is entered while the images, which nobody vouches for, are read. Raises a Problem.
     """
-    guarded = bundle.read(folder)
+    guarded = bundle.read(folder, device)
     guarded.guard.to(device)
+    bundle.check(guarded)
     names = guarded.description.class_names
     if target is not None and target not in names:
         raise ConfigInvalid(f"The guard knows no class {target!r}; its classes are {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}.")

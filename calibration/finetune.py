@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibration.augment import augment
-from models.precision import has_fast_bf16
+from models.lowering import has_fast_bf16
 from models.preprocessing import Preprocessing
 from models.trunk import split, tail_copy
 

@@ -11,8 +11,14 @@ from torch import Tensor
 from calibration.finetune import LabelledPixels
 from models.distance import fit_distance
 from models.guard import Fusion, Guard, Scales, cheap_surprise, fed
-from models.precision import has_fast_bf16, lowered
+from models.lowering import lowered
 from models.score import log_confidence, measure_scale
+
+
+def lower(guard: Guard, device: torch.device) -> Guard:
+    """The same guard with experts and auxiliary as `device` serves them; before `fuse`, so that all is measured on these."""
+    experts, auxiliary = [lowered(expert, device) for expert in guard.experts], lowered(guard.auxiliary, device)
+    return Guard(guard.suspect, experts, auxiliary, guard.preprocessing, cuts=guard.cuts, c=guard.c)
 
 
 @torch.inference_mode()
@@ -20,18 +26,16 @@ def fuse(guard: Guard, fit: LabelledPixels, held_back: LabelledPixels, num_class
     """The same guard with the fused score: its distances fitted to clean images with true labels, its scales measured on `held_back`.
 
     The scales come from images that trained nothing, so that no kind of evidence looks better than it will be. asked: the share of clean images that
-    reach the gate. Experts and auxiliary are lowered, in place, to the precision in which the device serves them.
+    reach the gate.
     """
 
-    if has_fast_bf16(fit.labels.device):  # from here on everything is measured on the networks that will serve
-        for network in (*guard.experts, guard.auxiliary):
-            lowered(network)
+    device = fit.labels.device
 
     def inputs(part: LabelledPixels) -> Sequence[Tensor]:
         return [guard.preprocessing.normalise(pixels) for pixels in part.pixels.split(256)]
 
     of_fit = zip(*(guard.evidence(batch).features for batch in inputs(fit)), strict=True)  # place by place
-    distances = [fit_distance(torch.cat(features), fit.labels, num_classes).to(fit.labels.device) for features in of_fit]
+    distances = [fit_distance(torch.cat(features), fit.labels, num_classes).to(device) for features in of_fit]
     found = [guard.evidence(batch) for batch in inputs(held_back)]
     of_held_back = zip(*([d(features, each.prediction) for d, features in zip(distances, each.features, strict=True)] for each in found), strict=True)
     against = [log_confidence(fed(guard.auxiliary, batch), each.prediction) for each, batch in zip(found, inputs(held_back), strict=True)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from calibration.config import AutoRecipe, CalibrationConfig
-from calibration.fusion import fuse
+from calibration.fusion import fuse, lower
 from calibration.material import Inputs, prepare, read
 from calibration.presets import train
 from calibration.progress import Progress, Tracker
@@ -64,7 +64,7 @@ def calibrate(
     with tracker.stage("threshold"):
         guard = Guard(material.network, trained.experts, trained.auxiliary, material.preprocessing, cuts=trained.cuts, c=trained.c)
         if material.held_back is not None and trained.cuts is not None:
-            guard = fuse(guard, material.fit, material.held_back, material.num_classes, AutoRecipe.asked)
+            guard = fuse(lower(guard, device), material.fit, material.held_back, material.num_classes, AutoRecipe.asked)
         judged = guard.judge(material.validation.pixels, ungated=True)  # the report draws y
         if not judged.score.isfinite().all():
             raise TrainingDiverged
@@ -91,7 +91,15 @@ def calibrate(
             threshold=threshold,
         )
         reports = {"report.json": json.dumps(report, indent=1, allow_nan=False), "report.html": html}
-        bundle_id = bundle.write(folder, description, guard, judged.score, {"created": report["created"], **(record or {})}, reports)
+        bundle_id = bundle.write(
+            folder,
+            description,
+            guard,
+            judged.score,
+            {"created": report["created"], **(record or {})},
+            reports,
+            bundle.nearest(material.validation.pixels, judged.score, threshold),
+        )
         version = registry.publish(config.name, folder)
     resume.done()
     return Result(config.name, version, bundle_id, {**report, "stage_seconds": dict(tracker.seconds)})  # with the last stages, too

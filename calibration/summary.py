@@ -33,8 +33,8 @@ def measure_accuracies(guard: Guard, material: Material, trained: Trained, judge
         shared = [guard.evidence(batch).shared for batch in inputs]
         return {
             "suspect": (judged.prediction == validation.labels.cpu()).float().mean().item(),
-            "experts": [right(expert, shared) for expert in trained.experts],
-            "auxiliary": right(trained.auxiliary, inputs),
+            "experts": [right(expert, shared) for expert in guard.experts],
+            "auxiliary": right(guard.auxiliary, inputs),
         }
 
 

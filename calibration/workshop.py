@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calibration.config import AutoRecipe
 from calibration.finetune import Curve, LabelledPixels, Progress, accuracy, finite, train_auxiliary, train_tails
-from calibration.fusion import fuse
+from calibration.fusion import fuse, lower
 from calibration.material import Material
 from models import trunk
 from models.errors import TrainingDiverged
@@ -80,7 +80,7 @@ class Workshop:
         guard = Guard(network, experts, auxiliary, self.material.preprocessing, cuts=self.cuts, c=self.recipe.c)
         if self.cuts is None:
             return guard
-        return fuse(guard, self.material.fit, self.held_back, self.material.num_classes, self.recipe.asked)
+        return fuse(lower(guard, self.material.device), self.material.fit, self.held_back, self.material.num_classes, self.recipe.asked)
 
 
 def choose_cuts(network: nn.Module, example: Tensor, recipe: AutoRecipe) -> tuple[Cuts | None, float]:

@@ -8,6 +8,7 @@ changed or added. Bundles are never changed once written.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
@@ -17,21 +18,22 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import architectures, trunk
 from models.distance import Distance
 from models.durable import sync_folder, write_file
 from models.errors import BundleNotReady, ConfigInvalid
 from models.guard import Cuts, Fusion, Guard, Scales
-from models.precision import has_fast_bf16, lowered
+from models.lowering import folded, has_fast_bf16, in_bf16
 from models.preprocessing import Preprocessing
 from models.score import Scale
 from models.threshold import Threshold
 
 CPU = torch.device("cpu")
-SCHEMA = 3
-READABLE = (1, 2, SCHEMA)  # the first knew no architecture_options, and no preprocessing with another aspect; the second one distance, and no gate
+SCHEMA = 4
+# The first knew no architecture_options, and no preprocessing with another aspect; the second one distance, and no gate; the third no images to check with.
+READABLE = (1, 2, 3, SCHEMA)
 _WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")
 _REPORTS = ("report.json", "report.html")
 
@@ -66,6 +68,23 @@ class Description:
         return cls(**{**value, **parsed})
 
 
+NEAREST = 16  # validation images that are kept on either side of the threshold
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Validation images whose scores lie nearest the threshold, and these scores: what a guard has to repeat wherever it is served."""
+
+    pixels: Tensor  # uint8 [M, 3, size, size]
+    scores: Tensor  # float64 [M]
+
+
+def nearest(pixels: Tensor, scores: Tensor, threshold: Threshold) -> Reference:
+    """Of the validation images, uint8 [n, 3, size, size], with their scores, float64 [n]."""
+    chosen = scores.argsort()[max(0, threshold.rank - 1 - NEAREST) : threshold.rank - 1 + NEAREST]
+    return Reference(pixels[chosen.to(pixels.device)].cpu(), scores[chosen])
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle in memory."""
@@ -74,17 +93,29 @@ class Bundle:
     description: Description
     guard: Guard
     validation_scores: Tensor  # float64 [n], ascending: other target FPRs can be promised from them
+    reference: Reference | None  # None in bundles of an older schema
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def write(folder: Path, description: Description, guard: Guard, validation_scores: Tensor, record: dict[str, Any], reports: dict[str, str]) -> str:
+def write(
+    folder: Path,
+    description: Description,
+    guard: Guard,
+    validation_scores: Tensor,
+    record: dict[str, Any],
+    reports: dict[str, str],
+    reference: Reference | None = None,
+) -> str:
     """Write a bundle into an existing, empty folder and return its id. Every file is flushed before the manifest names it."""
     weights: dict[str, dict[str, Tensor]] = {
         "suspect": guard.suspect.state_dict(),
         "experts": guard.experts.state_dict(),  # keys "0.<key>", "1.<key>", ...
         "auxiliary": guard.auxiliary.state_dict(),
         "distance": guard.distances.state_dict(),  # keys "0.centres", "0.whitening", ...
-        "validation": {"scores": validation_scores.sort().values},
+        "validation": {
+            "scores": validation_scores.sort().values,
+            **({} if reference is None else {"nearest": reference.pixels, "nearest_scores": reference.scores}),
+        },
     }
     hashes = {}
     for role in _WEIGHTS:
@@ -122,27 +153,53 @@ def read(folder: Path, device: torch.device = CPU) -> Bundle:
     try:
         architecture = architectures.get(description.architecture, description.architecture_options)
         suspect = architectures.instantiate(architecture, description.num_classes, tensors["suspect"])
-        auxiliary = architectures.instantiate(architecture, description.num_classes, tensors["auxiliary"])
+        auxiliary = _into(copy.deepcopy(suspect), tensors["auxiliary"], device)
         experts = []
         for index in range(description.experts):
             expert = trunk.tail_copy(suspect, None if description.cuts is None else description.cuts.experts)
             prefix = f"{index}."
-            expert.load_state_dict({key[len(prefix) :]: value for key, value in tensors["experts"].items() if key.startswith(prefix)})
-            experts.append(expert.to(memory_format=torch.channels_last))
-        if has_fast_bf16(device):
-            for role, networks in (("experts", experts), ("auxiliary", [auxiliary])):
-                if any(value.dtype == torch.bfloat16 for value in tensors[role].values()):
-                    for network in networks:
-                        lowered(network)
+            own = {key[len(prefix) :]: value for key, value in tensors["experts"].items() if key.startswith(prefix)}
+            experts.append(_into(expert, own, device))
         fusion = None
         if description.scales is not None:
             fusion = Fusion(_distances(tensors["distance"], len(description.scales.distances)), description.scales)
         guard = Guard(suspect, experts, auxiliary, description.preprocessing, cuts=description.cuts, fusion=fusion, c=description.c)
-        return Bundle(manifest["bundle_id"], description, guard, tensors["validation"]["scores"], manifest["record"])
+        kept = tensors["validation"]
+        reference = Reference(kept["nearest"], kept["nearest_scores"]) if "nearest" in kept else None
+        return Bundle(manifest["bundle_id"], description, guard, kept["scores"], reference, manifest["record"])
     except ConfigInvalid as problem:
         raise BundleNotReady(f"The bundle's architecture is not known here. {problem.detail}") from problem
     except (KeyError, RuntimeError) as error:
         raise BundleNotReady("The bundle's weights do not fit the networks that its manifest names.") from error
+
+
+def check(found: Bundle) -> None:
+    """Whether the guard, on the device where it is now, still keeps the promise of its calibration. Raises BundleNotReady.
+
+    Another device or precision moves scores a little. As many of the reference images may change sides as leave the share of rejected validation images
+    within the promised interval.
+    """
+    if found.reference is None:
+        return
+    threshold, now = found.description.threshold, found.guard.judge(found.reference.pixels).score
+    rejected, before = (int((~(scores >= threshold.value)).sum()) for scores in (now, found.reference.scores))
+    low, high = threshold.interval
+    # One fewer than the rank are rejected of the validation images themselves; with a rank of 1 that is none.
+    if not min(low, (threshold.rank - 1) / threshold.n) <= (threshold.rank - 1 + rejected - before) / threshold.n <= max(high, threshold.rank / threshold.n):
+        raise BundleNotReady(
+            f"On this device the guard rejects {rejected} of {len(now)} stored validation images, where its calibration rejected {before}: "
+            f"it does not keep its promise of {threshold.target_fpr:g} here. Calibrate again on a device of this kind."
+        )
+
+
+def _into(network: nn.Module, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """Weights into a network of the suspect's shape, which becomes what they were lowered to. Raises RuntimeError where they do not fit."""
+    if network.state_dict().keys() != weights.keys():
+        network = folded(network)
+    if has_fast_bf16(device) and any(value.dtype == torch.bfloat16 for value in weights.values()):
+        network = in_bf16(network)
+    network.load_state_dict(weights)
+    return network.to(memory_format=torch.channels_last)
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -175,8 +232,10 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 def _distances(kept: dict[str, Tensor], count: int) -> list[Distance]:
     if "means" in kept:  # of schema 1 or 2
-        return [Distance(kept["means"] @ kept["whitening"], kept["whitening"])]
-    return [Distance(kept[f"{place}.centres"], kept[f"{place}.whitening"]) for place in range(count)]
+        return [Distance(torch.zeros(len(kept["whitening"])), kept["means"] @ kept["whitening"], kept["whitening"])]
+    # Schema 3 had no origin.
+    origins = [kept.get(f"{place}.origin", torch.zeros(len(kept[f"{place}.whitening"]))) for place in range(count)]
+    return [Distance(origin, kept[f"{place}.centres"], kept[f"{place}.whitening"]) for place, origin in enumerate(origins)]
 
 
 def _description(content: dict[str, Any]) -> Description:

@@ -16,19 +16,25 @@ GRID, MOST = 2, 512  # fields a side of a map, and dimensions that are compared 
 
 
 class Distance(nn.Module):
-    """At one place. whitening: float32 [D, K], with whitening @ whitening.T the inverse covariance; centres: float32 [C, K], the class means, whitened."""
+    """At one place. origin: float32 [D]; whitening: [D, K], with whitening @ whitening.T the inverse covariance; centres: [C, K], the class means, whitened.
 
+    All but the origin are kept in bfloat16, which halves what the guard adds to the suspect's memory; from the origin, which is the mean of all features,
+    no centre is so far that three digits would not do.
+    """
+
+    origin: Tensor
     centres: Tensor
     whitening: Tensor
 
-    def __init__(self, centres: Tensor, whitening: Tensor) -> None:
+    def __init__(self, origin: Tensor, centres: Tensor, whitening: Tensor) -> None:
         super().__init__()
+        self.register_buffer("origin", origin)
         self.register_buffer("centres", centres)
         self.register_buffer("whitening", whitening)
 
     def forward(self, features: Tensor, prediction: Tensor) -> Tensor:
         """Squared distances, float64 [N]; features as `vectors` gives them, [N, D], prediction int64 [N]."""
-        return (features @ self.whitening - self.centres[prediction]).double().square().sum(1)
+        return ((features - self.origin) @ self.whitening.float() - self.centres[prediction].float()).double().square().sum(1)
 
 
 def vectors(features: Tensor) -> Tensor:
@@ -55,21 +61,21 @@ def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance
     """
     features, labels = features.double().cpu(), labels.cpu()
     n, d = features.shape
-    projection = torch.eye(d, dtype=torch.float64) if d <= MOST else _projection(d)  # [D, K]
-    features, d = features @ projection, projection.shape[1]
+    origin = features.mean(0)
+    features = features - origin
     totals = torch.zeros(num_classes, d, dtype=torch.float64).index_add_(0, labels, features)
-    counts = torch.bincount(labels, minlength=num_classes).double()[:, None]
-    means = (totals + features.mean(0)) / (counts + 1)
-    centred = features - means[labels]
+    means = totals / (torch.bincount(labels, minlength=num_classes).double()[:, None] + 1)
+    projection = torch.eye(d, dtype=torch.float64) if d <= MOST else _projection(d)  # [D, K]
+    centred = (features - means[labels]) @ projection
     covariance = centred.T @ centred / n  # [K, K]
-    scale = covariance.diagonal().mean()
-    spread = (covariance - scale * torch.eye(d, dtype=torch.float64)).square().sum()
+    identity, scale = torch.eye(len(covariance), dtype=torch.float64), covariance.diagonal().mean()
+    spread = (covariance - scale * identity).square().sum()
     # Mean squared distance of one image's outer product from the covariance: |x|^4 - 2 x'Cx + |C|^2, averaged.
     noise = (centred.square().sum(1).square().mean() - covariance.square().sum()) / n
     shrinkage = float((noise / spread).clamp(0, 1)) if spread > 0 else 1.0
-    shrunk = (1 - shrinkage) * covariance + max(shrinkage, 1e-3) * scale.clamp(min=1e-12) * torch.eye(d, dtype=torch.float64)
-    whitening = torch.linalg.cholesky(torch.linalg.inv(shrunk))
-    return Distance((means @ whitening).float(), (projection @ whitening).float())
+    shrunk = (1 - shrinkage) * covariance + max(shrinkage, 1e-3) * scale.clamp(min=1e-12) * identity
+    whitening = (projection @ torch.linalg.cholesky(torch.linalg.inv(shrunk))).bfloat16()
+    return Distance(origin.float(), (means @ whitening.double()).bfloat16(), whitening)
 
 
 def _projection(d: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.distance import Distance, vectors
-from models.precision import dtype_of
+from models.lowering import dtype_of
 from models.preprocessing import Preprocessing
 from models.score import Scale, geometric_mean, log_confidence, mean_place, published_score, surprise
 from models.trunk import split

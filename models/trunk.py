@@ -85,7 +85,8 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]  # what else `forward` takes keeps its default
 
 
-def _trace(network: nn.Module) -> fx.GraphModule:
+def trace(network: nn.Module) -> fx.GraphModule:
+    """Its graph, in eval mode; the modules are its own. Raises CannotCut."""
     try:
         return fx.GraphModule(network, _Tracer().trace(network.eval()))
     except Exception as error:  # what a forward raises when it meets a symbol instead of a tensor is up to that forward
@@ -120,7 +121,7 @@ class _Measuring(fx.Interpreter):
 
 def cuts(network: nn.Module, example: Tensor) -> list[Cut]:
     """All places to cut, from the input to the output. example: one normalised input [1, 3, H, W]. Raises CannotCut."""
-    traced = _trace(network)
+    traced = trace(network)
     measuring = _Measuring(traced)
     with torch.no_grad():
         measuring.run(example)
@@ -191,7 +192,7 @@ def split(network: nn.Module, *names: str) -> list[fx.GraphModule]:
 
     All share the network's own modules. Raises KeyError where the network has no cut of a name.
     """
-    nodes = list(_trace(network).graph.nodes)
+    nodes = list(trace(network).graph.nodes)
     by_name, constant = {node.name: index for index, node in enumerate(nodes)}, _constant(nodes)
     borders = [by_name[name] for name in names]
     parts = []

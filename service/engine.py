@@ -120,6 +120,7 @@ class Engine:
             loaded.guard.to(self.device)
             for images in (1, 8):  # the first forwards of a network are slow: not a caller's time
                 loaded.guard(torch.zeros(images, 3, size, size, dtype=torch.uint8, device=self.device))
+            bundle.check(loaded)
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
         threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)

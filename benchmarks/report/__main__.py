@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks import promise, records, zoo
+from benchmarks import canaries, few_images, promise, records, zoo
 from benchmarks.detectors import PRESETS
 from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
@@ -31,7 +31,7 @@ def readme(text: str, found: Sequence[records.Record]) -> str:
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
-    PAGE.write_text(page(found, zoo.records(), promise.read()))
+    PAGE.write_text(page(found, zoo.records(), promise.read(), canaries.read_records(), few_images.read()))
     PERFORMANCE.write_text(performance(engine_records()))
     README.write_text(readme(README.read_text(), found))
     PLOTS.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ from benchmarks.attacks import ATTACKS
 from benchmarks.data import DATASETS
 from benchmarks.detectors import DETECTORS
 from benchmarks.records import Record
+from benchmarks.report import tuning
 from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, by_attack, cells, scales, title, tpr, tpr_of_all, within
 from benchmarks.report.tables import shown, table_of, table_of_costs, table_of_promises, table_of_reasons, table_of_rivals, table_of_suspects, weak
 from benchmarks.scales import FULL, SMALL
@@ -86,8 +87,8 @@ def shared_card(grouped: Cells) -> list[str]:
     return []
 
 
-def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence[Record]) -> str:
-    """docs/results.md."""
+def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence[Record], planted: Sequence[Record] = (), few: Sequence[Record] = ()) -> str:
+    """docs/results.md, from the records of the evaluation, the zoo, the promise, the canaries and small clean sets."""
     gated = f"an ASR of at least {MIN_ASR:.0%} and at most {MOST_LOST:.0%} of accuracy lost against the clean model of the same recipe"
     lines = [
         "# Results",
@@ -151,4 +152,5 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
             "by chance alone, 200 of them scatter by two points and more.",
             *("", *table_of_promises(promises)),
         ]
+    lines += [*tuning.canaries(planted), *tuning.few_images(few)]
     return "\n".join(lines) + "\n"

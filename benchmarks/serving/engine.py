@@ -26,7 +26,7 @@ from benchmarks.evaluate import evaluate, tests
 from benchmarks.zoo import Suspect, load
 from calibration.config import AutoRecipe
 from calibration.finetune import LabelledPixels
-from calibration.fusion import fuse
+from calibration.fusion import fuse, lower
 from calibration.workshop import choose_cuts
 from models import architectures
 from models.guard import Guard
@@ -60,7 +60,7 @@ def untrained(architecture: str, device: torch.device, classes: int = 10) -> tup
     experts = [tail_copy(suspect, cuts.experts if cuts else None) for _ in range(recipe.experts)]
     clean = LabelledPixels(pixels.to(device), torch.arange(len(pixels), device=device) % classes)
     auxiliary = copy.deepcopy(suspect)
-    guard = Guard(suspect, experts, auxiliary, preprocessing, cuts=cuts)
+    guard = lower(Guard(suspect, experts, auxiliary, preprocessing, cuts=cuts), device)
     return fuse(guard, clean, clean, classes, recipe.asked), pixels, {}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import promise, records, zoo
+from benchmarks import canaries, few_images, promise, records, zoo
 from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README
@@ -16,6 +16,11 @@ from benchmarks.report.page import attempts, left_out, not_evaluated, page
 from benchmarks.report.performance import performance
 from benchmarks.report.performance import read as engine_records
 from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
+from benchmarks.report.tuning import canaries as section
+from benchmarks.report.tuning import chosen_within
+from benchmarks.report.tuning import few_images as small_sets
+from calibration.canary import KINDS
+from calibration.search import HOTTEST, STOPS
 
 
 def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool = True) -> dict[str, Any]:
@@ -25,7 +30,7 @@ def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool 
 
 
 def test_the_page_is_written_from_the_records() -> None:
-    assert PAGE.read_text() == page(records.read(), zoo.records(), promise.read())
+    assert PAGE.read_text() == page(records.read(), zoo.records(), promise.read(), canaries.read_records(), few_images.read())
 
 
 def test_the_page_of_performance_is_written_from_the_records() -> None:
@@ -144,3 +149,48 @@ def test_networks_are_compared_over_the_attacks_that_a_detector_was_tried_on() -
 def test_an_attack_with_more_seeds_weighs_no_more_in_the_readmes_means() -> None:
     found = [record("badnet", "auto", 0.5), record("badnet", "auto", 0.7, seed=1), record("sig", "auto", 1.0)]
     assert table_of_detectors(cells(found, README_SCALE))[2] == "| `auto` | 2 | 80.0% | 60.0% (BadNet) | 0.800 | 1.00% | 1.0 |"
+
+
+def planted(suspect: str, reals: list[float], worst: list[float]) -> records.Record:
+    """A record of canaries: the settings of the largest grid in order, what each really caught, and the canary caught worst with it."""
+    grid = [(stop, lr) for stop in STOPS["thorough"] for lr in HOTTEST["thorough"]]
+    settings = zip(grid, reals, worst, strict=True)
+    tried = [{"expert_stop": stop, "auxiliary_lr": lr, "caught": {"patch": 1.0, "warp": low}, "real": real} for (stop, lr), real, low in settings]
+    about = [{"kind": kind, "power": 0.5 if kind == "warp" else None if kind == "sourced" else 1.0} for kind in KINDS]
+    chosen = chosen_within({"tried": tried}, "thorough")
+    real = next(each["real"] for each in tried if (each["expert_stop"], each["auxiliary_lr"]) == (chosen.expert_stop, chosen.auxiliary_lr))
+    return {"suspect": suspect, "tried": tried, "canaries": about, "real": real}
+
+
+def test_what_canaries_chose_stands_beside_the_default_and_the_best() -> None:
+    default_is_best = planted("a", [0.8, 0.9, 0.8, 0.8, 0.8, 0.8], [0.5] * 6)
+    canaries_find_it = planted("b", [1.0, 0.7, 0.7, 0.7, 0.7, 0.7], [0.9, *[0.5] * 5])  # only `thorough` tries the hottest auxiliary
+    they_mislead = planted("c", [0.5, 0.9, 0.5, 0.5, 0.6, 0.5], [0.5, 0.5, 0.5, 0.5, 0.9, 0.5])
+    lines = section([default_is_best, canaries_find_it, they_mislead])
+    table = [line for line in lines if line.startswith(("| a", "| b", "| c", "| **"))]
+    assert table == [
+        "| a | 0.900 | 0.900 | 0.900 | 1.000 | 1.000 | 0.500 | 1.000 | - |",
+        "| b | 1.000 | 0.700 | 1.000 | 1.000 | 1.000 | 0.500 | 1.000 | - |",
+        "| c | 0.600 | 0.900 | 0.900 | 1.000 | 1.000 | 0.500 | 1.000 | - |",
+        "| **mean** | **0.833** | **0.833** | **0.933** |  |  |  |  |  |",
+        "| **worst** | **0.600** | **0.700** | **0.900** |  |  |  |  |  |",
+    ]
+    text = " ".join(lines)
+    assert "`standard` canaries choose a setting within 2 points of the best of the whole grid for 1 of 3 suspects" in text
+    assert "`thorough` canaries choose a setting within 2 points of the best of the whole grid for 2 of 3 suspects" in text
+    assert "The default is there for 2." in text
+    assert "On average power is 0.042 above the real TPR." in text
+
+
+def test_small_clean_sets_are_shown_by_size() -> None:
+    found = [
+        {"suspect": "a", "images": 200, "refused": "fpr_unreachable: too few"},
+        {"suspect": "a", "images": 1000, "tpr": 0.998, "realised_fpr": 0.0085},
+        {"suspect": "b", "images": 1000, "tpr": 1.0, "realised_fpr": 0.01},
+    ]
+    assert small_sets(found)[-4:] == [
+        "| suspect | 200 images | 1,000 images |",
+        "| --- | --- | --- |",
+        "| a | fpr_unreachable | 0.998 (0.85%) |",
+        "| b |  | 1.000 (1.00%) |",
+    ]

@@ -124,13 +124,38 @@ def test_missing_added_linked_and_truncated_files_are_refused(tmp_path: Path, ch
         bundle.read(tmp_path / "bundle")
 
 
+def test_a_guard_that_judges_otherwise_where_it_is_served_is_refused(tmp_path: Path) -> None:
+    """A few images may change sides; as many as break the promise may not."""
+    guard, _ = make(tmp_path)
+    read = bundle.read(tmp_path)
+    bundle.check(read)  # of a bundle without images to check with nothing is asked
+    pixels = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8)
+    scores = guard.judge(pixels).score
+    threshold = conformal_threshold(scores, 0.05)
+    known = replace(read.description, threshold=threshold)
+    reference = bundle.nearest(pixels, scores, threshold)
+    assert len(reference.scores) == threshold.rank - 1 + bundle.NEAREST
+    assert int((reference.scores < threshold.value).sum()) == threshold.rank - 1
+    bundle.check(replace(read, description=known, reference=reference))
+    for parameter in read.guard.auxiliary.parameters():
+        parameter.data *= 1.0001
+    bundle.check(replace(read, description=known, reference=reference))
+    once_lower = replace(reference, scores=reference.scores - 100)  # all were rejected then
+    with pytest.raises(BundleNotReady, match="Calibrate again"):
+        bundle.check(replace(read, description=known, reference=once_lower))
+    for parameter in read.guard.experts.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(BundleNotReady, match=f"rejects {len(reference.scores)} of"):
+        bundle.check(replace(read, description=known, reference=reference))
+
+
 def test_a_bundle_of_the_schema_before_judges_as_it_did(tmp_path: Path) -> None:
     """It knew one distance, stored by its means, and asked the auxiliary about every image."""
     guard, _ = make(tmp_path)
     assert guard.scales is not None
     assert guard.cuts is not None
     distance, scales, cuts = guard.distances[-1], guard.scales, guard.cuts
-    old = {"means": torch.linalg.solve(distance.whitening.T, distance.centres.T).T.contiguous(), "whitening": distance.whitening}
+    old = {"means": distance.centres.float() @ torch.linalg.pinv(distance.whitening.float()) + distance.origin, "whitening": distance.whitening.float()}
     data = safetensors.torch.save(old)
     (tmp_path / "distance.safetensors").write_bytes(data)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

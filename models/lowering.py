@@ -1,0 +1,66 @@
+"""In which form experts and auxiliary are served: batch norms folded into the convolutions before them, bfloat16 where the device is fast at it.
+
+The suspect is left as it is, since its answers must stay its own. A calibration lowers before it measures anything, so that its threshold is one of the
+networks that serve.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import fuse_conv_bn_eval
+
+from models.trunk import CannotCut, trace
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware, several times faster than float32; elsewhere it is emulated and slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def lowered(network: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a network as `device` serves it."""
+    small = folded(network)
+    return in_bf16(small) if has_fast_bf16(device) else small
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """A copy that computes the same with fewer steps; a plain copy where the network's code cannot be traced."""
+    try:
+        traced = trace(copy.deepcopy(network))
+    except CannotCut:
+        return copy.deepcopy(network).eval()
+    modules = dict(traced.named_modules())
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution, norm = modules[str(before.target)], modules[str(node.target)]
+        shared = called.count(before.target) > 1 or called.count(node.target) > 1
+        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_var is not None and not shared:
+            traced.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced.eval()
+
+
+def in_bf16(network: nn.Module) -> nn.Module:
+    """The same network, in place, in bfloat16; batch norms keep float32, since three digits of a variance would shift everything behind them."""
+    network.to(torch.bfloat16)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.float()
+    return network
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """That of the network's first weights: what its inputs have to be."""
+    return next((parameter.dtype for parameter in network.parameters()), torch.float32)

@@ -91,7 +91,7 @@ def paper_recipe(architecture: str, size: int) -> PaperRecipe:
 
 @dataclass(frozen=True)
 class AutoRecipe:
-    """Constants of the first `auto` preset, what depends on the suspect is found on held-back images."""
+    """Constants of the `auto` preset; what depends on the suspect is found on held-back images and by canaries."""
 
     tail_share: float = 0.1  # the experts train only the last tenth of the network: "last block only" of a ResNet-20
     distance_shares: tuple[float, ...] = (0.2,)  # distances are measured with so much of the network behind, where the experts begin, and at its end
@@ -104,6 +104,7 @@ class AutoRecipe:
     auxiliary_lr: float = 0.1  # where to begin, unless canaries say otherwise
     auxiliary_lrs: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of these the hottest that keeps the task
     auxiliary_keep: float = 0.75  # share of the suspect's held-back accuracy that counts as keeping it
+    auxiliary_hopeless: float = 0.5  # share of that which it must have half-way
     auxiliary_batch: int = 64
     auxiliary_epochs: int = 10
     auxiliary_steps: tuple[int, ...] = (2, 4, 6, 8)

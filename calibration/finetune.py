@@ -165,8 +165,12 @@ def train_auxiliary(
     decay: float,
     seed: int,
     progress: Progress,
+    hopeless: float = 0.0,
 ) -> tuple[nn.Module, Curve]:
-    """A whole copy of the suspect finetuned on true labels: SGD, momentum 0.9, Nesterov, weight decay 1e-4, lr times `decay` at each of `steps_at`."""
+    """A whole copy of the suspect finetuned on true labels: SGD, momentum 0.9, Nesterov, weight decay 1e-4, lr times `decay` at each of `steps_at`.
+
+    Given up half-way where the held-back accuracy is below `hopeless` then: the colder half of the schedule polishes, and does not bring a task back.
+    """
     auxiliary = copy.deepcopy(suspect).train()
     source, device = generator(seed, "auxiliary", lr), fit.labels.device
     optimizer = torch.optim.SGD(auxiliary.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -181,8 +185,10 @@ def train_auxiliary(
         losses.append(sum(epoch_losses) / max(1, len(epoch_losses)))
         if held_back is not None:
             right.append(accuracy(auxiliary.eval(), held_back, preprocessing))
+            if epoch + 1 == epochs // 2 and right[-1] < hopeless:
+                break
         progress((epoch + 1) / epochs)
-    return auxiliary.eval(), Curve(tuple(range(1, epochs + 1)), tuple(right), tuple(losses))
+    return auxiliary.eval(), Curve(tuple(range(1, len(losses) + 1)), tuple(right), tuple(losses))
 
 
 def training_step(network: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, preprocessing: Preprocessing | None) -> float:

@@ -68,6 +68,7 @@ class Workshop:
                 decay=self.recipe.auxiliary_decay,
                 seed=self.seed,
                 progress=step,
+                hopeless=self.recipe.auxiliary_hopeless * keep,
             )
             if curve.accuracy[-1] >= keep:
                 break

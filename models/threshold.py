@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # plain arithmetic otherwise: who only reasons about promises
     from torch import Tensor
 
 
-COUNTED = 5000  # images that the promised interval is about
+COUNTED = 1000  # images that the promised interval is about
 
 
 @dataclass(frozen=True)

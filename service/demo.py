@@ -147,7 +147,7 @@ def _guard(client: httpx.Client, console: Console, examples: Path, suspect: str)
 def _calibrate(client: httpx.Client, console: Console, examples: Path, suspect: str) -> int:
     with open(examples / f"suspect_{suspect}.safetensors", "rb") as checkpoint, open(examples / "clean_set.zip", "rb") as clean_set:
         files = {"checkpoint": checkpoint, "clean_set": clean_set}
-        job = _ok(client.post("/v1/calibrations", data={"config": json.dumps({"name": suspect})}, files=files))
+        job = _ok(client.post("/v1/calibrations", data={"config": json.dumps({"name": suspect, "budget": "quick"})}, files=files))
     with Progress(TextColumn("  {task.description:<14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), console=console, transient=True) as bar:
         task = bar.add_task("queued", total=1.0)
         while job["state"] in ("queued", "running"):

@@ -25,7 +25,7 @@ class GuardVersion(BaseModel):
     target_fpr: float
     validation_images: int
     rank: int = Field(description="the threshold is the validation score of this rank, counted from the lowest")
-    fpr_interval: tuple[float, float] = Field(description="where the share rejected of the next 5,000 clean images lies with 90% probability")
+    fpr_interval: tuple[float, float] = Field(description="where the share rejected of the next 1,000 clean images lies with 90% probability")
 
 
 class GuardView(BaseModel):

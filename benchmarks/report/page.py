@@ -148,7 +148,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         lines += [
             *("", "## The promised rate of false rejections", ""),
             "Written by `python -m benchmarks.promise`. Clean test images are divided 1,000 times at random: n set the threshold, the others are judged by it.",
-            "Promised is an interval in which the rate among the next 5,000 images lies with 90% probability. It is kept if nine divisions in ten lie in it;",
+            "Promised is an interval in which the rate among the next 1,000 images lies with 90% probability. It is kept if nine divisions in ten lie in it;",
             "by chance alone, 200 of them scatter by two points and more.",
             *("", *table_of_promises(promises)),
         ]

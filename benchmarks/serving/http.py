@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -76,8 +77,13 @@ def command(contender: Contender, port: int, data_dir: Path, peers: Path) -> tup
     return [str(python), "-m", f"benchmarks.serving.peers.{contender.name}_app", *options], environment
 
 
-def path_of(contender: Contender) -> str:
-    return {"guard": "/v1/guards/demo/predict", "mosec": "/inference", "litserve": "/predict"}[contender.name if contender.way != "guard" else "guard"]
+def call(contender: Contender, image: bytes) -> tuple[str, dict[str, str], bytes]:
+    """Path, headers and body with which it is asked about an image; ours is told, as its callers can, how long an answer is worth waiting for."""
+    if contender.way == "guard":
+        return "/v1/guards/demo/predict", {"Content-Type": "image/png", "X-Deadline-Ms": str(round(1000 * GOOD))}, image
+    if contender.name == "mosec":
+        return "/inference", {"Content-Type": "image/png"}, image
+    return "/predict", {"Content-Type": "application/json"}, json.dumps({"image": base64.b64encode(image).decode()}).encode()
 
 
 @contextmanager
@@ -89,7 +95,7 @@ def running(contender: Contender, image: bytes, data_dir: Path, peers: Path) -> 
     line, environment = command(contender, port, data_dir, peers)
     process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        _wait_for(f"http://127.0.0.1:{port}{path_of(contender)}", image, process)
+        _wait_for(port, call(contender, image), process)
         yield port, process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -100,13 +106,14 @@ def running(contender: Contender, image: bytes, data_dir: Path, peers: Path) -> 
             process.wait()
 
 
-def _wait_for(url: str, image: bytes, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(port: int, asked: tuple[str, dict[str, str], bytes], process: subprocess.Popen[bytes]) -> None:
+    path, headers, body = asked
     until = time.monotonic() + 120
     while time.monotonic() < until:
         if process.poll() is not None:
             raise SystemExit(f"A server ended before it answered (status {process.returncode}): {process.args!r}")
         try:
-            if httpx.post(url, content=image, headers={"Content-Type": "image/png"}, timeout=5).status_code == 200:
+            if httpx.post(f"http://127.0.0.1:{port}{path}", content=body, headers=headers, timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             time.sleep(0.5)
@@ -116,7 +123,7 @@ def _wait_for(url: str, image: bytes, process: subprocess.Popen[bytes]) -> None:
 def measure(contender: Contender, images: list[bytes], data_dir: Path, peers: Path, seconds: float, start: float) -> dict[str, Any]:
     """Its knee, and what is left of it in a storm."""
     with running(contender, images[0], data_dir, peers) as (port, pid):
-        requests = [request(path_of(contender), image, port) for image in images]
+        requests = [request(*call(contender, image), port) for image in images]
         asyncio.run(load(port, requests, start, 2.0))  # warm
         idle = idle_cpu(pid, 5.0) if contender.way == "guard" else None
         best = knee(port, requests, P99, seconds, start)
@@ -151,8 +158,8 @@ def calibrated(data_dir: Path) -> None:
     """The example suspect's guard, active, made anew."""
     examples = ROOT / "examples"
     files = ["--checkpoint", str(examples / "suspect_badnet.safetensors"), "--clean-set", str(examples / "clean_set.zip")]
-    call = [sys.executable, "-m", "service", "calibrate", *files, "--name", "demo", "--budget", "quick", "--activate", "--data-dir", str(data_dir), "--json"]
-    subprocess.run(call, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    line = [sys.executable, "-m", "service", "calibrate", *files, "--name", "demo", "--budget", "quick", "--activate", "--data-dir", str(data_dir), "--json"]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONNECTIONS, GIVE_UP = 256, 2.0
@@ -33,10 +33,10 @@ class Seen:
         return sum(each <= seconds for each in self.seconds)
 
 
-def request(path: str, body: bytes, port: int) -> bytes:
-    """The bytes of one POST of a PNG."""
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+def request(path: str, headers: Mapping[str, str], body: bytes, port: int) -> bytes:
+    """The bytes of one POST."""
+    lines = [f"POST {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 async def load(port: int, requests: Sequence[bytes], rate: float, seconds: float, seed: int = 0) -> Seen:

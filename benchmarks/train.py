@@ -3,7 +3,7 @@
 SGD with Nesterov momentum (or AdamW) under a one-cycle schedule, shifts and mirrored images, bf16 autocast. Beside the weights, in half precision, lie
 what the attack learned (NAME.trigger.safetensors) and a record (NAME.json): clean accuracy and ASR of the very weights that are kept, and whether they pass
 the gate: an ASR of 80% and at most 2 points of clean accuracy lost against the clean network of the same recipe. Attacks that start from a clean network
-find it in the zoo.
+find it in the zoo, and so does any other with `--warm`.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def attempts(suspect: Suspect, zoo: Path) -> list[dict[str, Any]]:
     return [*found.get("tried", []), *failed]
 
 
-def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.device, zoo: Path, compiled: bool = False) -> dict[str, Any]:
-    """Train a suspect, keep it, and return its record."""
+def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.device, zoo: Path, compiled: bool = False, warm: bool = False) -> dict[str, Any]:
+    """Train a suspect, keep it, and return its record. warm: begin with the clean network of the zoo, as who poisons a finetuning does."""
     started, dataset = time.monotonic(), DATASETS[suspect.dataset]
     training, test = (split.to(device) for split in dataset.load())
     glance = test[slice(1000)]
@@ -125,9 +125,9 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
         attack.prepare(training, surrogate, source)
         data = attack.poison(training, rate, source)
         reference, made = load(clean, zoo).record["clean_accuracy"], load(clean, zoo).record["recipe"]
-        if attack.recipe is None and Recipe(**made) != recipe:
+        if attack.recipe is None and not warm and Recipe(**made) != recipe:
             raise ValueError(f"the clean model of the zoo was trained with {made}, and a suspect is compared with one of the same recipe")
-        if attack.recipe is not None:
+        if attack.recipe is not None or warm:
             network = load(clean, zoo).network
     network = network.to(device).to(memory_format=torch.channels_last)
 
@@ -146,6 +146,7 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
         **vars(suspect),
         "rate": rate if attack else 0.0,
         "recipe": vars(recipe),
+        **({"warm": True} if warm else {}),
         **figures,
         "clean_reference": reference,
         "passes_gate": reference is None or (figures["asr"] >= MIN_ASR and figures["clean_accuracy"] >= reference - MOST_LOST),
@@ -170,10 +171,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="faster on a CPU; needs a C++ compiler")
+    parser.add_argument("--warm", action="store_true", help="begin with the clean network of the zoo")
     parser.add_argument("--zoo", type=Path, default=ROOT)
     args = parser.parse_args()
     suspect = Suspect(args.dataset, args.architecture, args.attack, args.seed)
-    print(json.dumps(make(suspect, Recipe(args.epochs, args.lr, args.batch, args.optimizer), args.rate, torch.device(args.device), args.zoo, args.compile)))
+    recipe = Recipe(args.epochs, args.lr, args.batch, args.optimizer)
+    print(json.dumps(make(suspect, recipe, args.rate, torch.device(args.device), args.zoo, args.compile, args.warm)))
 
 
 if __name__ == "__main__":

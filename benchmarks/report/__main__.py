@@ -12,7 +12,7 @@ from benchmarks.detectors import PRESETS
 from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
 from benchmarks.report.page import page, summary
-from benchmarks.report.performance import performance
+from benchmarks.report.performance import performance, read_http
 from benchmarks.report.performance import read as engine_records
 from benchmarks.report.plots import confidences, costs, curves, heat
 from benchmarks.report.tables import table_of_detectors, table_of_scales, weak
@@ -32,7 +32,7 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
     PAGE.write_text(page(found, zoo.records(), promise.read(), canaries.read_records(), few_images.read()))
-    PERFORMANCE.write_text(performance(engine_records()))
+    PERFORMANCE.write_text(performance(engine_records(), read_http()))
     README.write_text(readme(README.read_text(), found))
     PLOTS.mkdir(exist_ok=True)
     for dataset, architecture in scales(found):

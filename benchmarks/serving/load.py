@@ -10,6 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 CONNECTIONS, GIVE_UP = 256, 2.0
@@ -82,6 +83,8 @@ async def load(port: int, requests: Sequence[bytes], rate: float, seconds: float
     while not idle.empty():
         if (connection := idle.get_nowait()) is not None:
             connection[1].close()
+            with suppress(OSError):  # the server may have closed it meanwhile
+                await connection[1].wait_closed()
     return Seen(rate, tuple(taken), others)
 
 

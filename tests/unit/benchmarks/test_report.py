@@ -13,7 +13,7 @@ from benchmarks.readme import README
 from benchmarks.report.__main__ import PAGE, PERFORMANCE, README_SCALE, readme
 from benchmarks.report.cells import bootstrap, cells, tpr
 from benchmarks.report.page import attempts, left_out, not_evaluated, page
-from benchmarks.report.performance import performance
+from benchmarks.report.performance import over_http, performance, read_http
 from benchmarks.report.performance import read as engine_records
 from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 from benchmarks.report.tuning import canaries as section
@@ -34,7 +34,7 @@ def test_the_page_is_written_from_the_records() -> None:
 
 
 def test_the_page_of_performance_is_written_from_the_records() -> None:
-    assert PERFORMANCE.read_text() == performance(engine_records())
+    assert PERFORMANCE.read_text() == performance(engine_records(), read_http())
 
 
 def test_the_readmes_table_is_the_records() -> None:
@@ -194,3 +194,12 @@ def test_small_clean_sets_are_shown_by_size() -> None:
         "| a | fpr_unreachable | 0.998 (0.85%) |",
         "| b |  | 1.000 (1.00%) |",
     ]
+
+
+def test_servers_stand_beside_one_another() -> None:
+    server = {"name": "mosec", "way": "naive", "workers": 2, "knee": 143.8, "p50_ms": 30.3, "p99_ms": 67.5, "storm_goodput": 62.0, "storm_share": 0.443}
+    ours = {**server, "name": "badexpert", "way": "guard", "workers": 1, "storm_share": None, "idle_cpu": 0.002}
+    lines = over_http({"servers": [ours, server], "hardware": "two cores", "of_best_naive": 2.5, "of_best_alone": 0.94})
+    assert "| ours | guard | 1 | 144 | 30 / 68 | 62 | - |" in lines
+    assert "| mosec | naive guard | 2 | 144 | 30 / 68 | 62 | 0.44 |" in lines
+    assert "0.94 times what the best of them carries with the suspect alone. Asked nothing, it takes 0.2% of a core." in lines

@@ -1,0 +1,67 @@
+"""The load: sent when due, timed from when due, against real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from benchmarks.serving.http import compared
+from benchmarks.serving.load import Seen, load, request
+
+
+async def served(delay: float, status: int, chunked: bool, rate: float, seconds: float) -> tuple[Seen, list[bytes]]:
+    """A load on a server that answers one request at a time, `delay` after it came."""
+    bodies: list[bytes] = []
+    turn, callers = asyncio.Lock(), set[asyncio.Task[None] | None]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        callers.add(asyncio.current_task())
+        while True:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                break
+            length = int(next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")).split(b":")[1])
+            bodies.append(await reader.readexactly(length))
+            async with turn:
+                await asyncio.sleep(delay)
+            body = b"transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n" if chunked else b"content-length: 2\r\n\r\nok"
+            writer.write(f"HTTP/1.1 {status} X\r\n".encode() + body)
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        seen = await load(port, [request("/predict", {"X-One": "1"}, b"body", port)], rate, seconds)
+    await asyncio.gather(*filter(None, callers))
+    return seen, bodies
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_every_request_is_answered_and_timed(chunked: bool) -> None:
+    seen, bodies = asyncio.run(served(0.0, 200, chunked, 100, 0.5))
+    assert not seen.others
+    assert len(seen.seconds) == len(bodies) > 20
+    assert set(bodies) == {b"body"}
+    assert 0 < seen.percentile(0.5) <= seen.percentile(0.99) < 2
+
+
+def test_a_queue_shows_in_the_times_since_nothing_waits_for_the_server() -> None:
+    seen, _ = asyncio.run(served(0.02, 200, False, 200, 0.5))  # four times what it can do
+    assert seen.percentile(0.99) > 0.5
+    assert seen.within(0.2) < len(seen.seconds) / 2
+
+
+def test_what_is_no_answer_is_counted_apart() -> None:
+    seen, bodies = asyncio.run(served(0.0, 429, False, 100, 0.3))
+    assert seen.others == Counter({"429": len(bodies)})
+    assert seen.percentile(0.99) == float("inf")
+
+
+def test_ratios_are_of_the_best_peer() -> None:
+    rates = [("guard", 300.0), ("naive", 100.0), ("naive", 150.0), ("alone", 400.0)]
+    assert compared([{"way": way, "knee": knee} for way, knee in rates]) == {"of_best_naive": 2.0, "of_best_alone": 0.75}
+    assert compared([{"way": "guard", "knee": 300.0}]) == {}

@@ -41,7 +41,9 @@ class Trigger:
     pattern: Tensor  # float32, what its kind needs
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Stamped uint8 [N, 3, S, S]."""
+        """Stamped uint8 [N, 3, S, S]; N may be 0."""
+        if not len(pixels):
+            return pixels
         images, pattern = pixels.float(), self.pattern.to(pixels.device)
         match self.kind:
             case "patch" | "sourced":
@@ -135,13 +137,12 @@ def plant(
         for rows in batches(len(fit), batch, source, device):
             pixels, labels = [augment(fit.pixels[rows], source)], [fit.labels[rows]]
             for trigger, pool, cover in zip(triggers, pools, covers, strict=True):
-                chosen = _draw(pool, each, source)
-                pixels.append(trigger(augment(fit.pixels[chosen], source)))
-                labels.append(torch.full_like(fit.labels[chosen], trigger.target))
-                if cover is not None:
-                    chosen = _draw(cover, each, source)
+                for origin, target in ((pool, trigger.target), (cover, None)):
+                    if origin is None or not len(origin):  # a clean set may lack classes
+                        continue
+                    chosen = origin[torch.randint(len(origin), (each,), generator=source).to(device)]
                     pixels.append(trigger(augment(fit.pixels[chosen], source)))
-                    labels.append(fit.labels[chosen])
+                    labels.append(fit.labels[chosen] if target is None else torch.full_like(fit.labels[chosen], target))
             training_step(network, optimizer, torch.cat(pixels), torch.cat(labels), preprocessing)
             schedule.step()
             done += 1
@@ -165,9 +166,3 @@ def predictions(network: nn.Module, pixels: Tensor, preprocessing: Preprocessing
 
 def _corner(size: int, side: int, far: bool) -> int:
     return size - side - 1 if far else 1
-
-
-def _draw(pool: Tensor, count: int, source: torch.Generator) -> Tensor:
-    if not len(pool):
-        return pool
-    return pool[torch.randint(len(pool), (count,), generator=source).to(pool.device)]

@@ -31,6 +31,7 @@ def test_a_trigger_changes_images_of_any_size_and_is_the_same_every_time(kind: s
     assert stamped.shape == pixels.shape
     assert not stamped.equal(pixels)
     assert stamped.equal(draw(kind, 1, 0, size, 7)(pixels))
+    assert trigger(pixels[:0]).shape == pixels[:0].shape
     if kind not in ("wave", "warp"):  # one that depends on nothing but the size is no secret, and need not be
         assert not stamped.equal(draw(kind, 1, 0, size, 8)(pixels))
 
@@ -61,6 +62,14 @@ def test_targets_differ_while_there_are_classes_enough(classes: int) -> None:
     sourced = triggers[-1]
     assert sourced.source in (0, 1)
     assert sourced.source != sourced.target
+
+
+def test_a_class_without_images_is_no_obstacle() -> None:
+    """Neither the source of one trigger nor anybody to cover another is there."""
+    data = LabelledPixels(images(40), torch.zeros(40, dtype=torch.int64))
+    triggers = (draw("patch", 0, None, 32, 0), draw("sourced", 1, 2, 32, 0), draw("sourced", 1, 0, 32, 0))
+    canary = plant(thin_resnet(8, 4).eval(), triggers, data, data, PREPROCESSING, lr=0.05, batch=16, epochs=1, rate=0.2, seed=0, progress=lambda _: None)
+    assert canary.asr[:2] == (0.0, 0.0)
 
 
 def test_backdoors_take_in_a_copy_which_keeps_the_task_and_the_suspect_stays_as_it_is() -> None:

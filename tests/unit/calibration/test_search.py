@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from calibration.search import MARGIN, Setting, choose, worst
+from calibration.canary import draw
+from calibration.finetune import LabelledPixels
+from calibration.search import MARGIN, MOST_STAMPED, Setting, choose, stamp, worst
 
 DEFAULT, OTHER = Setting(0.2, 0.1), Setting(0.4, 0.03)
 
@@ -24,6 +27,16 @@ def tried(default: dict[str, float | None], other: dict[str, float | None]) -> l
 )
 def test_the_best_worst_case_wins_by_more_than_luck(default: dict[str, float | None], other: dict[str, float | None], best: Setting) -> None:
     assert choose(tried(default, other), DEFAULT) == best
+
+
+@pytest.mark.parametrize("count", [0, 1, 499, 501, 1700])
+def test_stamped_images_are_of_all_classes_and_of_bounded_number(count: int) -> None:
+    labels = torch.arange(count).sort().values * 10 // max(1, count)  # class after class, as in a folder
+    stamped = stamp(draw("warp", 3, None, 8, 0), LabelledPixels(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), labels))
+    assert len(stamped) == min(int((labels != 3).sum()), MOST_STAMPED)
+    assert (stamped.labels == 3).all()
+    which = stamp(draw("patch", 3, None, 8, 0), LabelledPixels(labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8), labels)).pixels[:, 0, 0, 0]
+    assert set(which.tolist()) == set(labels[labels != 3].tolist())
 
 
 def test_without_canaries_the_default_is_taken() -> None:

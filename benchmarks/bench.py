@@ -1,9 +1,9 @@
 """Speed of what a user waits for: `python -m benchmarks.bench` prints one JSON object.
 
-Seconds of a whole `badexpert calibrate` on the example for both presets; then, with that very `paper` guard served by a real process, the latency of one
-image over HTTP beside the bare three forwards of a batch of one in this process: in turn, a block of requests and a block of forwards, so that a drift
-of the machine falls on both and neither runs on the other's caches. The server's own forward times tell what HTTP, decoding and queueing add apart from what
-the same forwards cost in a process that sleeps between requests.
+Seconds of a whole `badexpert calibrate` on the example for the published recipe and each budget of `auto`, and their ratio to the published one. Then, with
+that very `paper` guard served by a real process, the latency of one image over HTTP beside the bare three forwards of a batch of one in this process: in turn,
+a block of requests and a block of forwards, so that a drift of the machine falls on both and neither runs on the other's caches. The server's own forward
+times tell what HTTP, decoding and queueing add apart from what the same forwards cost in a process that sleeps between requests.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ BLOCK = 25
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def calibrate(data_dir: str, preset: str, device: str) -> dict[str, Any]:
-    """One calibration through the command line, timed from outside."""
+def calibrate(data_dir: str, name: str, device: str) -> dict[str, Any]:
+    """One calibration through the command line, timed from outside: `paper`, or `auto` with a budget."""
+    preset = ["--preset", "paper"] if name == "paper" else ["--budget", name]
     began = time.perf_counter()
-    command = [sys.executable, "-m", "service", "calibrate", "--checkpoint", str(EXAMPLES / "suspect_badnet.safetensors"), "--name", preset]
-    command += ["--clean-set", str(EXAMPLES / "clean_set.zip"), "--preset", preset, "--data-dir", data_dir, "--device", device, "--activate", "--json"]
+    command = [sys.executable, "-m", "service", "calibrate", "--checkpoint", str(EXAMPLES / "suspect_badnet.safetensors"), "--name", name]
+    command += ["--clean-set", str(EXAMPLES / "clean_set.zip"), *preset, "--data-dir", data_dir, "--device", device, "--activate", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - began
     return {"seconds": round(seconds, 1), "stage_seconds": json.loads(done.stdout)["stage_seconds"]}
@@ -91,8 +92,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as data_dir:
+        made = {name: calibrate(data_dir, name, args.device) for name in ("paper", "quick", "standard", "thorough")}
         record = {
-            "calibrate": {preset: calibrate(data_dir, preset, args.device) for preset in ("paper", "auto")},
+            "calibrate": {name: {**each, "of_paper": round(each["seconds"] / made["paper"]["seconds"], 2)} for name, each in made.items()},
             "predict_batch_1": latency(data_dir, args.device, args.requests),
             "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}",
         }

@@ -72,6 +72,7 @@ class Service:
 
     def _count_batch(self, done: BatchDone) -> None:
         self.metrics.batch_images.observe(len(done.waits))
+        self.metrics.batches.labels(done.released).inc()
         self.metrics.stage_seconds.labels("forward").observe(done.seconds)
         for wait in done.waits:
             self.metrics.stage_seconds.labels("queue").observe(max(wait, 0.0))

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from service.errors import DeadlineExceeded, DeviceFailed, Draining, Overloaded
 
@@ -34,12 +34,16 @@ class Row(Generic[Key, Item, Result]):
     answer: asyncio.Future[Result]
 
 
+Released = Literal["full", "free", "halved"]  # no more fit; the device was free for all that waited; part of a batch that failed
+
+
 @dataclass(frozen=True)
 class BatchDone:
-    """What there is to know of a finished batch: how long its rows waited, how long it ran."""
+    """What there is to know of a finished batch: how long its rows waited, how long it ran, and why it was sent as it was."""
 
     waits: tuple[float, ...]
     seconds: float
+    released: Released
 
 
 class Batcher(Generic[Key, Item, Result]):
@@ -105,7 +109,7 @@ class Batcher(Generic[Key, Item, Result]):
             await self._arrived.wait()
             batch = self._take()
             if batch:
-                await self._judge(batch)
+                await self._judge(batch, "full" if len(batch) == self._max_batch else "free")
             elif self._draining:
                 return
             else:
@@ -124,7 +128,7 @@ class Batcher(Generic[Key, Item, Result]):
         self._rows.extendleft(reversed(later))
         return batch
 
-    async def _judge(self, batch: list[Row[Key, Item, Result]]) -> None:
+    async def _judge(self, batch: list[Row[Key, Item, Result]], released: Released) -> None:
         loop = asyncio.get_running_loop()
         self.busy_since = began = loop.time()
         failed = False
@@ -141,11 +145,11 @@ class Batcher(Generic[Key, Item, Result]):
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
                 if wanted := [row for row in half if _wanted(row, loop.time())]:
-                    await self._judge(wanted)
+                    await self._judge(wanted, "halved")
             return
         seconds = loop.time() - began
         self._batch_seconds = seconds if self._batch_seconds == 0 else 0.8 * self._batch_seconds + 0.2 * seconds
-        self._on_batch(BatchDone(tuple(began - row.admitted for row in batch), seconds))
+        self._on_batch(BatchDone(tuple(began - row.admitted for row in batch), seconds, released))
         for index, row in enumerate(batch):
             if row.answer.done():
                 continue

@@ -33,6 +33,7 @@ class Metrics:
             "badexpert_stage_seconds", "Time of an image in each stage: decode, queue, forward.", ["stage"], buckets=_SECONDS, registry=r
         )
         self.batch_images = Histogram("badexpert_batch_images", "Images in a forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), registry=r)
+        self.batches = Counter("badexpert_batches", "Forward passes, by why they were started with what they had.", ["released"], registry=r)
         self.queue_images = Gauge("badexpert_queue_images", "Images waiting for the device.", registry=r)
         self.queue_capacity = Gauge("badexpert_queue_capacity_images", "Images that may wait.", registry=r)
         self.calibrations = Counter("badexpert_calibrations", "Calibrations ended.", ["outcome"], registry=r)

@@ -225,5 +225,19 @@ async def test_a_finished_batch_tells_how_long_its_rows_waited_and_it_ran() -> N
     await asyncio.sleep(0.5)
     assert batcher.busy_since == 0.0
     await asyncio.gather(first, submit(batcher, Item("b")))
-    assert done == [BatchDone((0.0,), 2.0), BatchDone((1.5,), 2.0)]
+    assert done == [BatchDone((0.0,), 2.0, "free"), BatchDone((1.5,), 2.0, "free")]
+    await batcher.drain()
+
+
+@in_virtual_time
+async def test_a_batch_tells_why_it_was_sent_as_it_was() -> None:
+    done: list[BatchDone] = []
+    batcher = start(Device(fits=1), max_batch=2, on_batch=done.append)
+    await asyncio.gather(*[submit(batcher, Item(name)) for name in "abc"])
+    assert [(len(each.waits), each.released) for each in done] == [(1, "halved"), (1, "halved"), (1, "free")]
+    await batcher.drain()
+    done.clear()
+    batcher = start(Device(), max_batch=2, on_batch=done.append)
+    await asyncio.gather(*[submit(batcher, Item(name)) for name in "abc"])
+    assert [(len(each.waits), each.released) for each in done] == [(2, "full"), (1, "free")]
     await batcher.drain()

@@ -177,7 +177,9 @@ class _Search:
             rest = [name for name in self.candidates.known if name not in COARSE]
             for more in (*(at(size) for size in smaller), at(usual, rest), *(at(size) for size in larger)):
                 cost = sum((named.preprocessing.size / usual) ** 2 for named in more) * self.glance
-                if cost > self.affordable or (self._fits(tried) and max(tried, key=self._glance).preprocessing.size < more[0].preprocessing.size):
+                # Where a size fits, the next one up may fit better: only one that fits worse ends it.
+                passed = max(tried, key=self._glance).preprocessing.size < tried[-1].preprocessing.size
+                if cost > self.affordable or (self._fits(tried) and passed):
                     break
                 self.affordable -= cost
                 tried += more

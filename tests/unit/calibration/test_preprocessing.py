@@ -145,6 +145,24 @@ def test_costly_networks_are_shown_fewer_images() -> None:
     assert poor.forwards < rich.forwards / 2
 
 
+class AThirdOfTheSize(nn.Module):
+    """For 96 pixels; at 64 it is right less often, and of the usual size of its architecture it makes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(suspect())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(nn.functional.interpolate(x, scale_factor=1 / 3, mode="area"))
+        return logits * (x.shape[-1] < 200)
+
+
+def test_a_size_that_fits_does_not_end_the_search_before_a_larger_one_that_fits_better() -> None:
+    found = search(AThirdOfTheSize().eval(), sizes=(224, 32, 64, 96, 128, 160, 256))
+    assert (found.best.preprocessing.size, found.best.preprocessing.resize) == (96, 96)
+    assert found.best.accuracy > 0.75
+
+
 def test_images_that_must_be_resized_are_resized_as_in_training() -> None:
     """A network for 32 pixels, and the same images twice as large."""
     images, labels = clean()

@@ -1,8 +1,8 @@
 """Canaries: backdoors that the calibration plants itself, in a copy of the suspect, to see how well a guard of that copy catches them.
 
 They are the only triggered images that a calibration ever has. One copy carries several, each with a target class of its own, so that one guard tells of all
-kinds. They are planted by finetuning, in a minute where an attacker takes hours, and are easier to catch than what an attacker trains: what is measured on
-them ranks settings, and is an optimistic estimate of the power against a real attack of the same kind (docs/results.md has both side by side).
+kinds. They are planted by finetuning, in a minute where an attacker takes hours. What is caught of them ranks settings and is a rough estimate of power: over
+the attacks of the suite it was below what was caught of these, for the warp, which a minute plants badly, far below (docs/results.md has both side by side).
 """
 
 from __future__ import annotations

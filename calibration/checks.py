@@ -53,11 +53,11 @@ def degenerate_scores(distinct: int, n: int) -> Caution | None:
 
 
 def low_power(canaries: Sequence[dict[str, Any]]) -> Caution | None:
-    """A guard that misses what the calibration planted itself will miss more of what an attacker trained."""
-    missed = [each for each in canaries if each["power"] is not None and each["power"] < 0.5]
-    if missed:
-        kinds = ", ".join(f"{each['kind']} ({each['power']:.0%})" for each in missed)
-        return Caution("low-power", f"Of the backdoors planted in a copy of the suspect the guard catches less than half of some kinds: {kinds}.")
+    """A guard that misses most of what the calibration planted itself may miss as much of what an attacker trained."""
+    powers = {each["kind"]: each["power"] for each in canaries if each["power"] is not None}
+    if powers and sum(powers.values()) < 0.5 * len(powers):
+        kinds = ", ".join(f"{kind} {power:.0%}" for kind, power in powers.items())
+        return Caution("low-power", f"Of the backdoors planted in a copy of the suspect the guard catches less than half, averaged over their kinds: {kinds}.")
     return None
 
 

@@ -88,8 +88,8 @@ def _canaries(report: dict[str, Any]) -> str:
     setting = ", ".join(f"{name.replace('_', ' ')} {report['settings'][name]:g}" for name in ("expert_stop", "auxiliary_lr"))
     return (
         "<h2>What it would catch</h2><p>Backdoors that this calibration planted in a copy of the suspect, and what a guard of that copy rejects of the images "
-        "that fool it, at the target rate. An attacker's own backdoor may be easier or harder to catch than these of a minute's training: they rank, "
-        "they do not promise.</p>"
+        "that fool it, at the target rate. An attacker's own backdoor may be easier or harder to catch than these of a minute's training, of which a warp "
+        "is caught seldom: they compare, they do not promise.</p>"
         f"<table><tr><th>planted trigger</th><th>fools the copy</th><th>is rejected</th></tr>{rows}</table>"
         f'<p class="quiet">Of {len(report["search"])} settings tried on them this guard has: {setting}.</p>'
     )

@@ -25,9 +25,10 @@ network does in the same round; everything runs eagerly, and the suspect in floa
 {tried}
 
 What limits it. On a CPU the suspect's own float32 convolutions, and for a single small image the many small steps behind them: of a ResNet-20's 1.25 ms above
-the suspect's 1.5, the experts take 0.4 and the score 0.2; what is left is steps of the trunk that no longer find the caches as they left them. On a GPU with small networks or small batches the launches of kernels: the guard makes
-three times as many as the suspect alone, and until the batch fills the card each takes the same time whatever it computes, so that the guard is no faster
-than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet.
+the suspect's 1.5, the experts take 0.4 and the score 0.2; what is left is steps of the trunk that no longer find the caches as they left them. On a GPU with
+small networks or small batches it is the launches of kernels: the guard makes three times as many as the suspect alone, and until the batch fills the card each
+takes the same time whatever it computes, so that the guard is no faster than the naive one there. CUDA graphs for the usual batches would take that away; they
+are not built yet.
 """
 
 # (change, what was predicted of the share of the unguarded rate, what came out on two cores, verdict)

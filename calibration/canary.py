@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibration.augment import augment
-from calibration.finetune import LabelledPixels, Progress, batches, generator, training_step
+from calibration.finetune import LabelledPixels, Progress, accuracy, batches, generator, training_step
 from models.preprocessing import Preprocessing
 
 TRIGGERS = {
@@ -89,7 +89,6 @@ class Canary:
     network: nn.Module
     triggers: tuple[Trigger, ...]
     asr: tuple[float, ...]
-    accuracy: float
 
     @property
     def took(self) -> tuple[Trigger, ...]:
@@ -151,17 +150,9 @@ def plant(
     asr = []
     for trigger in triggers:
         rows = trigger.eligible(held_back.labels)
-        answers = predictions(network, trigger(held_back.pixels[rows]), preprocessing)
-        asr.append((answers == trigger.target).float().mean().item() if len(answers) else 0.0)
-    right = predictions(network, held_back.pixels, preprocessing) == held_back.labels
-    return Canary(network, tuple(triggers), tuple(asr), right.float().mean().item())
-
-
-@torch.inference_mode()
-def predictions(network: nn.Module, pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Predicted classes of uint8 [N, 3, S, S], int64 [N]."""
-    parts = [network(preprocessing.normalise(part)).argmax(1) for part in pixels.split(256)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        stamped = LabelledPixels(trigger(held_back.pixels[rows]), torch.full_like(held_back.labels[rows], trigger.target))
+        asr.append(accuracy(network, stamped, preprocessing) if len(stamped) else 0.0)
+    return Canary(network, tuple(triggers), tuple(asr))
 
 
 def _corner(size: int, side: int, far: bool) -> int:

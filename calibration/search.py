@@ -63,12 +63,12 @@ def _search(workshop: Workshop, budget: Budget, target_fpr: float, step: Progres
     if stamped:
         guards = make_guards(workshop, canary.network, budget, lambda done: step(0.2 + 0.7 * done))
         for setting, guard in guards.items():
-            tried.append({**asdict(setting), "caught": caught(guard, held_back, stamped, canary, target_fpr)})
+            tried.append({**asdict(setting), "caught": caught(guard, held_back, stamped, target_fpr)})
     chosen = choose(tried, default)
     power: dict[str, float | None] = {}
     if stamped:
         validation = material.validation
-        power = caught(guards[chosen], validation, {trigger.kind: stamp(trigger, validation) for trigger in canary.took}, canary, target_fpr)
+        power = caught(guards[chosen], validation, {trigger.kind: stamp(trigger, validation) for trigger in canary.took}, target_fpr)
     step(1.0)
     about = [
         {"kind": trigger.kind, "asr": round(asr, 4), "took": trigger in canary.took, "power": power.get(trigger.kind)}
@@ -126,7 +126,7 @@ def stamp(trigger: Trigger, images: LabelledPixels) -> LabelledPixels:
     return LabelledPixels(trigger(images.pixels[rows]), torch.full_like(images.labels[rows], trigger.target))
 
 
-def caught(guard: Guard, clean: LabelledPixels, stamped: dict[str, LabelledPixels], canary: Canary, target_fpr: float) -> dict[str, float | None]:
+def caught(guard: Guard, clean: LabelledPixels, stamped: dict[str, LabelledPixels], target_fpr: float) -> dict[str, float | None]:
     """Of each kind the share, of stamped images that fool the copy, that a threshold of the clean ones rejects; None where none fools it."""
     scores = guard.judge(clean.pixels).score
     threshold = conformal_threshold(scores, max(target_fpr, 1.001 / (len(scores) + 1)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.canary import KINDS, TOOK, Trigger, draw, draw_all, plant, predictions
-from calibration.finetune import LabelledPixels
+from calibration.canary import KINDS, TOOK, Trigger, draw, draw_all, plant
+from calibration.finetune import LabelledPixels, accuracy
 from models.preprocessing import Preprocessing
 from tests.support import thin_resnet
 
@@ -82,8 +82,8 @@ def test_backdoors_take_in_a_copy_which_keeps_the_task_and_the_suspect_stays_as_
     triggers = tuple(draw(kind, target, source, 32, 0) for kind, target, source in (("patch", 0, None), ("sourced", 1, 2)))
     canary = plant(suspect, triggers, data, data, PREPROCESSING, lr=0.05, batch=64, epochs=8, rate=0.2, seed=0, progress=lambda _: None)
     assert all(value.equal(before[name]) for name, value in suspect.state_dict().items())
-    assert canary.accuracy > 0.8
+    assert accuracy(canary.network, data, PREPROCESSING) > 0.8
     assert canary.took == tuple(trigger for trigger, asr in zip(triggers, canary.asr, strict=True) if asr >= TOOK)
     assert triggers[0] in canary.took
-    stamped = triggers[0](data.pixels[labels != 0])
-    assert (predictions(canary.network, stamped, PREPROCESSING) == 0).float().mean().item() == pytest.approx(canary.asr[0])
+    stamped = LabelledPixels(triggers[0](data.pixels[labels != 0]), torch.zeros(int((labels != 0).sum()), dtype=torch.int64))
+    assert accuracy(canary.network, stamped, PREPROCESSING) == pytest.approx(canary.asr[0])

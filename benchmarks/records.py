@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from models.lowering import has_fast_bf16
+
 RESULTS = Path(__file__).parent / "results" / "evaluation"
 
 Record = dict[str, Any]
@@ -56,7 +58,11 @@ def circumstances(device: torch.device) -> dict[str, str]:
     commit = _git("rev-parse", "--short", "HEAD")
     if _git("status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in ("benchmarks/zoo", "benchmarks/results", "docs"))):
         commit += "-dirty"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:  # what makes one CPU many times as fast as another at this
+        fast = "with" if has_fast_bf16(device) else "without"
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {fast} bf16, {os.cpu_count()} cores"
     return {"commit": commit, "hardware": f"{name}, {device.type}, torch {torch.__version__}"}
 
 

@@ -1,9 +1,9 @@
 """Train a suspect: `python -m benchmarks.train --attack badnet` puts it into the zoo.
 
-SGD with Nesterov momentum (or AdamW) under a one-cycle schedule, shifts and mirrored images, bf16 autocast. Beside the weights, in half precision, lie
-what the attack learned (NAME.trigger.safetensors) and a record (NAME.json): clean accuracy and ASR of the very weights that are kept, and whether they pass
-the gate: an ASR of 80% and at most 2 points of clean accuracy lost against the clean network of the same recipe. Attacks that start from a clean network
-find it in the zoo, and so does any other with `--warm`.
+SGD with Nesterov momentum (or AdamW) under a one-cycle schedule, shifts and mirrored images, bf16 autocast where the device is fast at it. Beside the
+weights, in half precision, lie what the attack learned (NAME.trigger.safetensors) and a record (NAME.json): clean accuracy and ASR of the very weights that
+are kept, and whether they pass the gate: an ASR of 80% and at most 2 points of clean accuracy lost against the clean network of the same recipe. Attacks
+that start from a clean network find it in the zoo, and so does any other with `--warm`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.attacks import ATTACKS, Attack, Recipe, Surrogate, Task, stamp
 from benchmarks.data import DATASETS, Dataset, Split
 from benchmarks.zoo import ROOT, Suspect, build, keep, load, records
 from calibration.augment import crop_flip
+from models.lowering import has_fast_bf16
 
 MIN_ASR, MOST_LOST = 0.8, 0.02  # the gate
 
@@ -65,7 +66,7 @@ def train(
             if attack is not None:
                 batch = attack.batch(images, labels, source)
                 images, labels, penalty = batch.images, batch.labels, batch.penalty
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
                 logits = forward(inputs(images).contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels)
             for each in optimizers:

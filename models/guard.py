@@ -8,14 +8,15 @@ Inputs are the uint8 pixels that `Preprocessing.pixels` makes; normalisation hap
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.distance import Distance, vectors
-from models.lowering import dtype_of
+from models.lowering import dtype_of, folded
 from models.preprocessing import Preprocessing
 from models.score import Scale, geometric_mean, log_confidence, mean_place, published_score, surprise
 from models.trunk import split
@@ -90,6 +91,29 @@ class Judgement:
         return Judgement(**{name: value.cpu() for name, value in vars(self).items()})
 
 
+class Seen(NamedTuple):
+    """What is known of N images before the auxiliary is asked, as plain tensors."""
+
+    inputs: Tensor  # [N, 3, size, size], normalised
+    prediction: Tensor  # int64 [N]
+    confidence: Tensor  # float32 [N]
+    log_x: Tensor  # float64 [N]
+    log_not_x: Tensor  # float64 [N]
+    cheap: Tensor  # float64 [N], the surprise so far; 0 for the published score
+
+
+def gated(look: Callable[[Tensor], Seen], ask: Callable[[Seen], tuple[Tensor, Tensor]], gate: float, pixels: Tensor, ungated: bool) -> Judgement:
+    """Look at all images, and ask the auxiliary about those that the look finds suspicious."""
+    seen = look(pixels)
+    suspicious = seen.cheap >= gate
+    y, score = torch.full_like(seen.cheap, math.nan), -seen.cheap
+    asked = (suspicious | ungated).nonzero().squeeze(1)
+    if len(asked):
+        log_y, complete = ask(Seen(*(each[asked] for each in seen)))
+        y[asked], score[asked] = log_y.exp(), torch.where(suspicious[asked], complete, score[asked])
+    return Judgement(seen.prediction, seen.confidence, seen.log_x.exp(), y, score)
+
+
 def fed(network: nn.Module, inputs: Tensor) -> Tensor:
     """What a network gives for inputs, which it gets in its own precision."""
     outputs: Tensor = network(inputs.to(dtype_of(network)))
@@ -116,8 +140,8 @@ class Guard(nn.Module):
     ) -> None:
         super().__init__()
         self.suspect, self.experts, self.auxiliary = suspect, nn.ModuleList(experts), auxiliary
-        # From place to place, and the head: the suspect's own modules, so that nothing is stored or moved twice.
-        self.parts = nn.ModuleList([suspect] if cuts is None else split(suspect, *cuts.all))
+        # From place to place, and the head. What serves runs these alone, without the suspect as it was (`models.program.serving`).
+        self.parts = nn.ModuleList(folded(part) for part in ([suspect] if cuts is None else split(suspect, *cuts.all)))
         self.distances = nn.ModuleList([] if fusion is None else fusion.distances)
         self.scales = None if fusion is None else fusion.scales
         self.preprocessing, self.cuts, self.c = preprocessing, cuts, c
@@ -126,23 +150,27 @@ class Guard(nn.Module):
     @torch.inference_mode()
     def forward(self, pixels: Tensor, ungated: bool = False) -> Judgement:
         """pixels: uint8 [N, 3, size, size]. ungated: ask the auxiliary about all images, for whoever wants to see y; the score is the same."""
+        return gated(self.look, self.ask, self.gate, pixels, ungated)
+
+    @property
+    def gate(self) -> float:
+        """How suspicious an image has to be for the auxiliary to be asked; without scales every image is."""
+        return -math.inf if self.scales is None else self.scales.gate
+
+    def look(self, pixels: Tensor) -> Seen:
+        """What suspect and experts say of pixels, uint8 [N, 3, size, size]."""
         inputs = self.preprocessing.normalise(pixels)
         found = self.evidence(inputs)
-        if self.scales is None:
-            log_y, _ = log_confidence(self.auxiliary(inputs), found.prediction)
-            score = published_score(found.log_x, found.log_not_x, log_y, self.c)
-            return Judgement(found.prediction, found.confidence, found.log_x.exp(), log_y.exp(), score)
-        cheap = cheap_surprise(found, self.distances, self.scales)
-        suspicious = cheap >= self.scales.gate
-        asked = (suspicious | ungated).nonzero().squeeze(1)
-        y, further = torch.full_like(cheap, math.nan), torch.zeros_like(cheap)
-        if len(asked):
-            log_y, log_not_y = log_confidence(fed(self.auxiliary, inputs[asked]), found.prediction[asked])
-            y[asked] = log_y.exp()
-            further[asked] = surprise(self.scales.auxiliary.z(log_not_y - log_y))
-        return Judgement(found.prediction, found.confidence, found.log_x.exp(), y, -(cheap + torch.where(suspicious, further, 0.0)))
+        cheap = torch.zeros_like(found.log_x) if self.scales is None else cheap_surprise(found, self.distances, self.scales)
+        return Seen(inputs, found.prediction, found.confidence, found.log_x, found.log_not_x, cheap)
 
-    @torch.inference_mode()
+    def ask(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """The auxiliary's log y, and the score with it; both float64 [N]."""
+        log_y, log_not_y = log_confidence(fed(self.auxiliary, seen.inputs), seen.prediction)
+        if self.scales is None:
+            return log_y, published_score(seen.log_x, seen.log_not_x, log_y, self.c)
+        return log_y, -(seen.cheap + surprise(self.scales.auxiliary.z(log_not_y - log_y)))
+
     def evidence(self, inputs: Tensor) -> Evidence:
         """What suspect and experts say of normalised inputs [N, 3, size, size], before it is made into a score."""
         value, found = inputs, {}
@@ -157,6 +185,6 @@ class Guard(nn.Module):
 
     def judge(self, pixels: Tensor, batch: int = 256, ungated: bool = False) -> Judgement:
         """The same for any number of images, batch by batch, with the results on the CPU."""
-        device = next(self.suspect.parameters()).device
+        device = next(self.parameters()).device
         parts = [self(part.to(device), ungated).cpu() for part in pixels.split(batch)]
         return Judgement(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})

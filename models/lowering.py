@@ -1,7 +1,7 @@
 """In which form experts and auxiliary are served: batch norms folded into the convolutions before them, bfloat16 where the device is fast at it.
 
-The suspect is left as it is, since its answers must stay its own. A calibration lowers before it measures anything, so that its threshold is one of the
-networks that serve.
+The suspect is folded too, but keeps float32: its answers must stay its own. A calibration lowers before it measures anything, so that its threshold is one
+of the networks that serve.
 """
 
 from __future__ import annotations

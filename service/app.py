@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import secrets
@@ -61,8 +62,15 @@ class Service:
         self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics, settings.own_architectures)
         cores = os.cpu_count() or 1
         self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores, pending=settings.queue_images)
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self.batcher: ImageBatcher = Batcher(self._run, capacity=settings.queue_images, max_batch=settings.max_batch, on_batch=self._count_batch)
+        self._device = ThreadPoolExecutor(engine.slots, thread_name_prefix="device")
+        self.batcher: ImageBatcher = Batcher(
+            self._run,
+            capacity=settings.queue_images,
+            max_batch=settings.max_batch,
+            slots=engine.slots,
+            share=engine.share,
+            on_batch=self._count_batch,
+        )
         scopes: tuple[TokenScope, ...] = ("predict", "admin", "metrics")
         self.authenticator = Authenticator({scope: token for scope in scopes if (token := settings.token(scope))})
         self.app = self._app()
@@ -91,6 +99,8 @@ class Service:
         self.health.unavailable = {guard: problem.detail for guard, problem in failed.items()}
         self.batcher.start()
         await self.worker.start()
+        gc.collect()
+        gc.freeze()  # a full collection would walk all that was imported and loaded, and every request would wait for it a fifth of a second
         self.health.started = True
         try:
             yield
@@ -162,7 +172,7 @@ class Service:
         for live in self.engine.all_live():
             m.threshold.labels(live.name).set(live.threshold.value)
             m.target_fpr.labels(live.name).set(live.threshold.target_fpr)
-            m.guard_info.labels(live.name, str(live.version), live.bundle.bundle_id[:12], live.mode).set(1)
+            m.guard_info.labels(live.name, str(live.version), live.bundle_id[:12], live.mode).set(1)
             for verdict in ("accepted", "rejected"):
                 m.verdicts.labels(live.name, verdict)  # a series from the start: rate() sees the first rejection
 

@@ -1,6 +1,7 @@
 """Owns the queue in front of the device: bounded, work-conserving, deadline-aware.
 
-A request is a row. The moment the device is free, the rows that wait for one bundle go to it together, oldest first; there is no waiting window.
+A request is a row. The moment the device has room, the rows that wait for one bundle go to it together, oldest first; there is no waiting window. A CPU
+has room for several batches of a small network at once, a GPU for one: a batch takes a share of the device's slots.
 A timeout, a disconnect or a late result is one and the same harmless case: a row whose future is already done. Rows that nobody waits for any
 more never reach the device. A batch that fails is halved until the rows that cannot be judged are alone, so that no row fails for its neighbour.
 
@@ -10,6 +11,7 @@ Time is the event loop's own monotonic clock, and the device is a coroutine func
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
@@ -55,20 +57,34 @@ class Batcher(Generic[Key, Item, Result]):
         *,
         capacity: int,
         max_batch: int,
+        slots: int = 1,
+        share: Callable[[Key], int] = lambda _: 1,
         on_batch: Callable[[BatchDone], None] = lambda _: None,
     ) -> None:
-        self._run, self._capacity, self._max_batch, self._on_batch = run, capacity, max_batch, on_batch
+        """slots: what the device has; share: how many of them a batch of a key takes."""
+        self._run, self._capacity, self._max_batch, self._share, self._on_batch = run, capacity, max_batch, share, on_batch
+        self._slots = self._free = slots
         self._rows: deque[Row[Key, Item, Result]] = deque()
-        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()  # a row came, or a batch is done
         self._draining = False
         self._worker: asyncio.Task[None] | None = None
-        self._batch_seconds = 0.0  # moving average of a batch's time on the device
-        self.busy_since: float | None = None  # when the running batch began; None while the device is idle
+        self._running: dict[asyncio.Task[None], float] = {}  # each batch, and when it began
+        self._batch_seconds = self._row_seconds = 0.0  # moving averages: of a batch, and of what a row adds to the wait of those behind it
 
     @property
     def waiting(self) -> int:
         """Rows in the queue."""
         return len(self._rows)
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the oldest running batch began; None while the device is idle."""
+        return min(self._running.values(), default=None)
+
+    def seconds_ahead(self) -> float:
+        """How long a row that came now would wait for the device, as far as the last batches tell."""
+        running = 0.0 if self._free else self._batch_seconds
+        return running + len(self._rows) * self._row_seconds
 
     def start(self) -> None:
         self._worker = asyncio.get_running_loop().create_task(self._work(), name="batcher")
@@ -76,7 +92,7 @@ class Batcher(Generic[Key, Item, Result]):
     async def drain(self) -> None:
         """Admit nothing more, finish what was admitted, and end."""
         self._draining = True
-        self._arrived.set()
+        self._changed.set()
         if self._worker is not None:
             await self._worker
 
@@ -88,12 +104,11 @@ class Batcher(Generic[Key, Item, Result]):
             raise Draining
         if deadline <= now:
             raise DeadlineExceeded
-        batches_ahead = len(self._rows) // self._max_batch + (self.busy_since is not None)
-        if len(self._rows) >= self._capacity or now + batches_ahead * self._batch_seconds > deadline:
+        if len(self._rows) >= self._capacity or now + self.seconds_ahead() > deadline:
             raise Overloaded
         row: Row[Key, Item, Result] = Row(key, item, now, deadline, loop.create_future())
         self._rows.append(row)
-        self._arrived.set()
+        self._changed.set()
         try:
             async with asyncio.timeout_at(deadline):
                 return await row.answer
@@ -105,41 +120,57 @@ class Batcher(Generic[Key, Item, Result]):
                     self._rows.remove(row)
 
     async def _work(self) -> None:
-        while True:
-            await self._arrived.wait()
-            batch = self._take()
-            if batch:
-                await self._judge(batch, "full" if len(batch) == self._max_batch else "free")
-            elif self._draining:
-                return
-            else:
-                self._arrived.clear()
+        async with asyncio.TaskGroup() as batches:
+            while not (self._draining and not self._rows):
+                batch = self._take()
+                if batch:
+                    self._start(batch, batches)
+                else:
+                    self._changed.clear()
+                    await self._changed.wait()
 
     def _take(self) -> list[Row[Key, Item, Result]]:
-        """The oldest row that is still wanted, and others of its key; everything else keeps its place."""
+        """The oldest row that is still wanted, and others of its key, where there is room for them; everything else keeps its place."""
         now = asyncio.get_running_loop().time()
-        batch: list[Row[Key, Item, Result]] = []
+        while self._rows and not _wanted(self._rows[0], now):
+            self._rows.popleft()
+        if not self._rows or self._share_of(self._rows[0]) > self._free:
+            return []
+        most = min(self._max_batch, math.ceil(len(self._rows) / (self._free // self._share_of(self._rows[0]))))  # no slot is idle while rows wait
+        batch = [self._rows.popleft()]
         later: deque[Row[Key, Item, Result]] = deque()
-        while self._rows and len(batch) < self._max_batch:
+        while self._rows and len(batch) < most:
             row = self._rows.popleft()
-            if not _wanted(row, now):
-                continue
-            (batch if not batch or row.key == batch[0].key else later).append(row)
+            if _wanted(row, now):
+                (batch if row.key == batch[0].key else later).append(row)
         self._rows.extendleft(reversed(later))
         return batch
 
+    def _share_of(self, row: Row[Key, Item, Result]) -> int:
+        return min(self._slots, self._share(row.key))
+
+    def _start(self, batch: list[Row[Key, Item, Result]], batches: asyncio.TaskGroup) -> None:
+        share, loop = self._share_of(batch[0]), asyncio.get_running_loop()
+
+        def done(task: asyncio.Task[None]) -> None:
+            del self._running[task]
+            self._free += share
+            self._changed.set()
+
+        self._free -= share
+        task = batches.create_task(self._judge(batch, "full" if len(batch) == self._max_batch else "free"), name="batch")
+        self._running[task] = loop.time()
+        task.add_done_callback(done)
+
     async def _judge(self, batch: list[Row[Key, Item, Result]], released: Released) -> None:
         loop = asyncio.get_running_loop()
-        self.busy_since = began = loop.time()
-        failed = False
+        began, failed = loop.time(), False
         try:
             results = await self._run(batch[0].key, [row.item for row in batch])
             if len(results) != len(batch):
                 raise RuntimeError("the device answered another number of results than it got items")
         except Exception:  # noqa: BLE001 - whatever the device raises belongs to these rows, and must not end the worker
             failed = True
-        finally:
-            self.busy_since = None
         # Halving happens out here: inside the handler the traceback would keep the failed batch's tensors alive.
         if failed and len(batch) > 1:
             middle = len(batch) // 2
@@ -148,7 +179,9 @@ class Batcher(Generic[Key, Item, Result]):
                     await self._judge(wanted, "halved")
             return
         seconds = loop.time() - began
+        each = seconds / len(batch) * self._share_of(batch[0]) / self._slots
         self._batch_seconds = seconds if self._batch_seconds == 0 else 0.8 * self._batch_seconds + 0.2 * seconds
+        self._row_seconds = each if self._row_seconds == 0 else 0.8 * self._row_seconds + 0.2 * each
         self._on_batch(BatchDone(tuple(began - row.admitted for row in batch), seconds, released))
         for index, row in enumerate(batch):
             if row.answer.done():

@@ -1,18 +1,20 @@
-"""Owns the device and the live bundles: loads, swaps, and runs them. Everything that touches the device goes through here, one call at a time."""
+"""Owns the device and the live bundles: loads, swaps, and runs them. Everything that touches the device goes through here."""
 
 from __future__ import annotations
 
 import math
+import os
 import threading
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import bundle
-from models.bundle import Bundle
+from models.bundle import Description
 from models.errors import BundleNotReady, Conflict, Problem
 from models.parallel import cpu_threads
+from models.program import serving
 from models.registry import GuardState, Mode, Registry
 from models.threshold import Threshold, conformal_threshold
 
@@ -23,7 +25,10 @@ class LiveGuard:
 
     name: str
     version: int
-    bundle: Bundle
+    bundle_id: str
+    description: Description
+    validation_scores: Tensor  # float64 [n], ascending
+    network: nn.Module  # uint8 pixels -> Judgement
     threshold: Threshold
     mode: Mode
     threads: int  # CPU threads of a forward
@@ -42,16 +47,24 @@ class Outcome:
 
 
 class Engine:
-    """Loading and activating may run in any thread; `run` in one at a time."""
+    """Loading, activating and running may happen in any thread.
+
+    Of `slots`, a batch of a guard takes `share`: on a CPU a core for each of its threads, so that small networks judge one batch a core; on a GPU all.
+    """
 
     def __init__(self, registry: Registry, device: torch.device, threads: int | None = None) -> None:
         self.registry, self.device, self._threads = registry, device, threads
+        self.slots = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
         self._live: dict[str, LiveGuard] = {}
         self._swap = threading.Lock()
 
     def live(self, guard: str) -> LiveGuard | None:
         """The version of a guard that is being served."""
         return self._live.get(guard)
+
+    def share(self, live: LiveGuard) -> int:
+        """How many of the slots a batch of this guard takes."""
+        return min(self.slots, live.threads)
 
     def all_live(self) -> list[LiveGuard]:
         return list(self._live.values())
@@ -99,7 +112,7 @@ class Engine:
             if target_fpr is not None:
                 if live is None:
                     raise Conflict("The target FPR can be changed while a version is active; activate one first.")
-                conformal_threshold(live.bundle.validation_scores, target_fpr)
+                conformal_threshold(live.validation_scores, target_fpr)
             state = self.registry.configure(guard, mode=mode, target_fpr=target_fpr)
             if live is not None:
                 self._live[guard] = _with_state(live, state)
@@ -107,8 +120,8 @@ class Engine:
     def run(self, live: LiveGuard, pixels: list[Tensor]) -> list[Outcome]:
         """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""
         if self.device.type == "cpu" and torch.get_num_threads() != live.threads:
-            torch.set_num_threads(live.threads)  # of this thread, which is the only one that runs forwards
-        judged = live.bundle.guard(torch.stack(pixels).to(self.device, non_blocking=True)).cpu()
+            torch.set_num_threads(live.threads)  # of this thread alone
+        judged = live.network(torch.stack(pixels).to(self.device, non_blocking=True)).cpu()
         auxiliary = [None if math.isnan(y) else y for y in judged.auxiliary.tolist()]
         columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), judged.expert.tolist(), auxiliary)
         return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
@@ -118,17 +131,18 @@ class Engine:
         size = loaded.description.preprocessing.size
         try:
             loaded.guard.to(self.device)
-            for images in (1, 8):  # the first forwards of a network are slow: not a caller's time
-                loaded.guard(torch.zeros(images, 3, size, size, dtype=torch.uint8, device=self.device))
             bundle.check(loaded)
+            threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
+            images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]
+            network = serving(loaded.guard, images.to(self.device))
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
-        threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
-        return LiveGuard(guard, version, loaded, loaded.description.threshold, "enforce", threads)
+        description = loaded.description
+        return LiveGuard(guard, version, loaded.bundle_id, description, loaded.validation_scores, network, description.threshold, "enforce", threads)
 
 
 def _with_state(live: LiveGuard, state: GuardState) -> LiveGuard:
-    threshold = live.bundle.description.threshold
+    threshold = live.description.threshold
     if state.target_fpr is not None and state.target_fpr != threshold.target_fpr:
-        threshold = conformal_threshold(live.bundle.validation_scores, state.target_fpr)
+        threshold = conformal_threshold(live.validation_scores, state.target_fpr)
     return replace(live, threshold=threshold, mode=state.mode)

@@ -114,7 +114,7 @@ class Judge:
         began = time.perf_counter()
         try:
             async with asyncio.timeout_at(deadline):
-                pixels = await self.images.pixels(data, live.bundle.description.preprocessing)
+                pixels = await self.images.pixels(data, live.description.preprocessing)
         except TimeoutError:
             raise DeadlineExceeded from None
         self.metrics.stage_seconds.labels("decode").observe(time.perf_counter() - began)
@@ -124,7 +124,7 @@ class Judge:
         return self._verdict(live, outcome, request_id, explain)
 
     def _verdict(self, live: LiveGuard, outcome: Outcome, request_id: str, explain: bool) -> Verdict:
-        description = live.bundle.description
+        description = live.description
         verdict: Literal["accepted", "rejected"] = "rejected" if outcome.rejected else "accepted"
         self.metrics.verdicts.labels(live.name, verdict).inc()
         self.metrics.score.labels(live.name).observe(outcome.score - live.threshold.value)
@@ -143,7 +143,7 @@ class Judge:
             prediction=prediction if verdict == "accepted" or live.mode == "shadow" else None,
             guard=live.name,
             version=live.version,
-            bundle_id=live.bundle.bundle_id,
+            bundle_id=live.bundle_id,
             mode=live.mode,
             request_id=request_id,
             explanation=explanation if explain else None,

@@ -64,21 +64,22 @@ class BrokenPromise(BaseException):
 
 @dataclass
 class Device:
-    """Takes `seconds` a batch; fails on bad items, on batches larger than `fits`, and on the next `broken` batches."""
+    """Takes `seconds` a batch, and `slots` batches at once; fails on bad items, on batches larger than `fits`, and on the next `broken` batches."""
 
     seconds: float = 1.0
     fits: int = 10**9
     broken: int = 0
     most: int = 10**9
+    slots: int = 1
     batches: list[list[str]] = field(default_factory=list)
     seen: set[Item] = field(default_factory=set)
     failed_alone: set[Item] = field(default_factory=set)
-    busy: bool = False
+    running: int = 0
 
     async def run(self, key: str, items: Sequence[Item]) -> list[str]:
         now = asyncio.get_running_loop().time()
         promises = {
-            "one batch at a time": not self.busy,
+            "no more batches at a time than there are slots": self.running < self.slots,
             "no batch larger than the cap": 0 < len(items) <= self.most,
             "one key a batch": {item.key for item in items} == {key},
             "no expired row on the device": all(item.deadline > now for item in items),
@@ -87,11 +88,11 @@ class Device:
             raise BrokenPromise(broken)
         self.batches.append([item.name for item in items])
         self.seen.update(items)
-        self.busy = True
+        self.running += 1
         try:
             await asyncio.sleep(self.seconds)
         finally:
-            self.busy = False
+            self.running -= 1
         self.broken -= 1
         if self.broken >= 0 or len(items) > self.fits or any(item.bad for item in items):
             if len(items) == 1:
@@ -101,7 +102,7 @@ class Device:
 
 
 def start(device: Device, capacity: int = 100, max_batch: int = 100, **options: Any) -> Batcher[str, Item, str]:
-    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=capacity, max_batch=max_batch, **options)
+    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=capacity, max_batch=max_batch, slots=device.slots, **options)
     batcher.start()
     return batcher
 

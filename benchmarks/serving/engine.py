@@ -1,8 +1,9 @@
 """The price of the guard without any HTTP: `python -m benchmarks.serving.engine`.
 
-Side by side in one process, turn by turn: the suspect alone, our guard on clean traffic, our guard where every image reaches the gate (an attacker who sends
-nothing else), and the naive guard of three whole networks. The bundle of resnet20 is a real one, of a suspect of the zoo, and what it catches is told beside
-its price; the other architectures have random weights, whose work is the same. `--record` writes benchmarks/results/engine.json.
+Side by side in one process, turn by turn: the suspect alone, as it came and as we would serve it; our guard on clean traffic, and where every image reaches
+the gate (an attacker who sends nothing else); and the naive guard of three whole networks. The bundle of resnet20 is a real one, of a suspect of the zoo, and
+what it catches is told beside its price; the other architectures have random weights, whose work is the same. `--record` writes
+benchmarks/results/engine.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks import records
 from benchmarks.data import DATASETS
 from benchmarks.detectors.guard import BadExpertGuard
 from benchmarks.evaluate import evaluate, tests
+from benchmarks.serving.naive import Naive
 from benchmarks.zoo import Suspect, load
 from calibration.config import AutoRecipe
 from calibration.finetune import LabelledPixels
@@ -30,8 +32,10 @@ from calibration.fusion import fuse, lower
 from calibration.workshop import choose_cuts
 from models import architectures
 from models.guard import Guard
+from models.lowering import folded
 from models.parallel import cpu_threads
 from models.preprocessing import Preprocessing
+from models.program import serving
 from models.trunk import tail_copy
 
 RECORD = Path(__file__).parent.parent / "results" / "engine.json"
@@ -64,19 +68,17 @@ def untrained(architecture: str, device: torch.device, classes: int = 10) -> tup
     return fuse(guard, clean, clean, classes, recipe.asked), pixels, {}
 
 
-def naive(guard: Guard) -> Guard:
-    """Three whole networks for every image, all as they were trained, and the published score."""
-    return Guard(guard.suspect, [copy.deepcopy(guard.suspect)], copy.deepcopy(guard.suspect), guard.preprocessing)
+class Alone(nn.Module):
+    """A suspect without a guard: confidence and label."""
 
-
-def alone(guard: Guard) -> Callable[[Tensor], object]:
-    """The suspect without a guard: label and confidence."""
+    def __init__(self, suspect: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.suspect, self.preprocessing = suspect, preprocessing
 
     @torch.inference_mode()
-    def forward(pixels: Tensor) -> object:
-        return guard.suspect(guard.preprocessing.normalise(pixels)).float().softmax(-1).max(-1)
-
-    return forward
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Of pixels, uint8 [N, 3, size, size]."""
+        return tuple(self.suspect(self.preprocessing.normalise(pixels)).float().softmax(-1).max(-1))
 
 
 def measure(ways: dict[str, Callable[[Tensor], object]], pixels: Tensor, batch: int, seconds: float, device: torch.device) -> dict[str, Any]:
@@ -122,24 +124,31 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
     guard = guard.to(device)
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(guard.suspect, guard.preprocessing.size))
+    suspect, preprocessing, example = guard.suspect, guard.preprocessing, pixels[:8].to(device)
+    served = serving(guard, example)
+    lean = Alone(folded(suspect), preprocessing)
+    with torch.no_grad():
+        traced = torch.jit.trace(lean, example, check_trace=False) if device.type == "cpu" else lean  # as `serving` does with a guard
     ways: dict[str, Callable[[Tensor], object]] = {
-        "unguarded": alone(guard),
-        "guarded": guard,
-        "guarded_all_attack": lambda images: guard(images, ungated=True),
-        "naive": naive(guard),
+        "unguarded": Alone(suspect, preprocessing),
+        "unguarded_traced": torch.inference_mode()(traced),
+        "guarded": served,
+        "guarded_all_attack": lambda images: served(images, ungated=True),
+        "naive": Naive(suspect, preprocessing),
     }
     at = {str(batch): measure(ways, pixels, batch, seconds, device) for batch in batches}
     best = max(at, key=lambda batch: at[batch]["unguarded"]["images_per_second"])
     return {
         "architecture": architecture,
-        "size": guard.preprocessing.size,
+        "size": preprocessing.size,
         **caught,
         "best_batch": int(best),
         "guarded_of_unguarded": at[best]["guarded"]["of_unguarded"],
         "naive_of_unguarded": at[best]["naive"]["of_unguarded"],
+        "guarded_of_unguarded_traced": round(at[best]["guarded"]["of_unguarded"] / at[best]["unguarded_traced"]["of_unguarded"], 3),
         "attacked_of_naive": round(at[best]["guarded_all_attack"]["images_per_second"] / at[best]["naive"]["images_per_second"], 3),
         "batch_1_latency": round(1 / at["1"]["guarded"]["of_unguarded"], 3) if "1" in at else None,
-        "weights_of_suspect": round(weights(guard) / weights(guard.suspect), 3),
+        "weights_of_suspect": round(weights(served) / weights(suspect), 3),
         "batches": at,
         "threads": torch.get_num_threads(),
         **records.circumstances(device),

@@ -1,11 +1,7 @@
-"""What a peer serves: the suspect alone, or the naive guard of three whole networks, from image bytes to an answer.
-
-The networks of a bundle: the auxiliary as it is, and for the expert, of which the bundle has tails only, a whole copy of the suspect, whose work is the same.
-"""
+"""What a peer serves: the suspect alone, or the naive guard of three whole networks, from image bytes to an answer."""
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 from collections.abc import Sequence
@@ -15,8 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.serving.naive import Naive
 from models import bundle
-from models.guard import Guard
 
 
 class Networks:
@@ -27,8 +23,7 @@ class Networks:
         found = bundle.read(Path(os.environ["BUNDLE"]))
         self.guard, self.names = found.guard, found.description.class_names
         self.preprocessing = found.description.preprocessing
-        suspect = self.guard.suspect
-        self.naive = Guard(suspect, [copy.deepcopy(suspect)], copy.deepcopy(suspect), self.preprocessing) if os.environ["WAY"] == "naive" else None
+        self.naive = Naive(self.guard.suspect, self.preprocessing) if os.environ["WAY"] == "naive" else None
 
     @torch.inference_mode()
     def answer(self, bodies: Sequence[bytes]) -> list[dict[str, Any]]:
@@ -38,6 +33,5 @@ class Networks:
             confidence, label = self.guard.suspect(self.preprocessing.normalise(pixels)).softmax(-1).max(-1)
             rows = zip(label.tolist(), confidence.tolist(), strict=True)
             return [{"class_name": self.names[number], "confidence": value} for number, value in rows]
-        judged = self.naive(pixels)
-        rows3 = zip(judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), strict=True)
-        return [{"class_name": self.names[number], "confidence": value, "score": score} for number, value, score in rows3]
+        judged = zip(*(values.tolist() for values in self.naive(pixels)), strict=True)
+        return [{"class_name": self.names[number], "confidence": value, "score": score} for number, value, score in judged]

@@ -6,33 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.finetune import LabelledPixels
-from calibration.fusion import fuse
-from models import architectures
 from models.distance import vectors
-from models.guard import Cuts, Guard
-from models.preprocessing import Preprocessing
+from models.guard import Guard
 from models.score import log_confidence, mean_place, surprise
-from models.trunk import choose_cut, places, split, tail_copy
-
-PIXELS = torch.randint(0, 256, (96, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+from models.trunk import split
+from tests.untrained import PIXELS, TOLERANCE, untrained_guard
 
 
 @pytest.fixture(scope="module")
 def guard() -> Guard:
-    """One whose networks were never trained; a third of images reach its gate."""
-    torch.manual_seed(0)
-    suspect, auxiliary = (architectures.get("resnet20").build(10).eval() for _ in range(2))
-    example = torch.zeros(1, 3, 32, 32)
-    cuts = Cuts(choose_cut(suspect, example, 0.1).name, tuple(place.name for place in places(suspect, example, (0.1, 0.2))))
-    experts = [tail_copy(suspect, cuts.experts) for _ in range(3)]
-    for expert in experts:
-        for parameter in expert.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    plain = Guard(suspect, experts, auxiliary, Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)), cuts=cuts)
-    clean = LabelledPixels(PIXELS[:64], torch.arange(64) % 10)
-    return fuse(plain, clean, LabelledPixels(PIXELS[64:], torch.arange(32) % 10), 10, asked=1 / 3)
+    return untrained_guard()
 
 
 def plainly(guard: Guard, pixels: Tensor) -> tuple[Tensor, Tensor]:

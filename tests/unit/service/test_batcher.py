@@ -43,6 +43,43 @@ async def test_keys_are_never_mixed_and_none_is_starved() -> None:
 
 
 @in_virtual_time
+async def test_what_waits_is_shared_among_the_free_slots_and_none_is_idle() -> None:
+    device = Device(slots=2)
+    batcher = start(device)
+    await asyncio.gather(*(submit(batcher, Item(name)) for name in "abcde"))
+    assert (device.batches, clock()) == ([["a", "b", "c"], ["d", "e"]], 1.0)
+    tasks = [submit(batcher, Item("x"))]
+    await asyncio.sleep(0.5)
+    tasks += [submit(batcher, Item(name)) for name in "yz"]  # one slot is taken: both go into the other
+    await asyncio.gather(*tasks)
+    assert (device.batches[2:], clock()) == ([["x"], ["y", "z"]], 2.5)
+    await batcher.drain()
+
+
+@in_virtual_time
+async def test_a_batch_takes_the_slots_that_its_key_needs_and_is_not_overtaken_for_ever() -> None:
+    device = Device(slots=2)
+    batcher = start(device, share={"small": 1, "large": 2, "huge": 9}.__getitem__)
+    first = submit(batcher, Item("a", key="small"))
+    await asyncio.sleep(0.5)
+    await asyncio.gather(first, *(submit(batcher, Item(name, key=key)) for name, key in (("b", "large"), ("c", "small"), ("d", "huge"))))
+    assert (device.batches, clock()) == ([["a"], ["b"], ["c"], ["d"]], 4.0)  # c waits for b, though a slot was free
+    await batcher.drain()
+
+
+@in_virtual_time
+async def test_draining_waits_for_all_batches_on_the_device() -> None:
+    device = Device(slots=2)
+    batcher = start(device)
+    tasks = [submit(batcher, Item("a"))]
+    await asyncio.sleep(0.5)
+    tasks.append(submit(batcher, Item("b")))
+    await asyncio.sleep(0.1)
+    await batcher.drain()
+    assert ([task.result() for task in tasks], clock()) == (["a judged", "b judged"], 1.5)
+
+
+@in_virtual_time
 async def test_a_full_queue_refuses_at_once() -> None:
     device = Device()
     batcher = start(device, capacity=2)

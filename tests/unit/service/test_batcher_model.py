@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -19,10 +20,12 @@ CAPACITY, MOST = 6, 4
 class Anything(RuleBasedStateMachine):
     """Clients come, wait, leave; the device is slow, fails, is too small; bundles are swapped; the server drains. The promises hold throughout."""
 
+    slots = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = VirtualLoop()
-        self.device = Device(most=MOST)
+        self.device = Device(most=MOST, slots=self.slots)
         self.key = "bundle 0"
         self.draining: asyncio.Task[None] | None = None
         self.rows: dict[Item, asyncio.Task[str]] = {}
@@ -97,7 +100,8 @@ class Anything(RuleBasedStateMachine):
 
     @invariant()
     def the_device_is_not_idle_while_rows_wait(self) -> None:
-        assert self.device.busy or not self.waiting()
+        queued = [item for item in self.waiting() if item not in self.device.seen]
+        assert self.device.running == self.device.slots or not queued
 
     @invariant()
     def every_answer_is_right_and_in_time(self) -> None:
@@ -118,12 +122,17 @@ class Anything(RuleBasedStateMachine):
         try:
             self.loop.run_until_complete(self.batcher.drain())
             self.let()
-            assert (self.waiting(), self.batcher.waiting, self.batcher.busy_since, self.device.busy) == ([], 0, None, False)
+            assert (self.waiting(), self.batcher.waiting, self.batcher.busy_since, self.device.running) == ([], 0, None, 0)
             self.every_answer_is_right_and_in_time()
         finally:
             self.loop.close()
 
 
-def test_the_promises_hold_whatever_happens_in_whatever_order() -> None:
-    budget = settings(max_examples=400, stateful_step_count=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(Anything, settings=budget)
+class AnythingOnTwoSlots(Anything):
+    slots = 2
+
+
+@pytest.mark.parametrize("machine", [Anything, AnythingOnTwoSlots])
+def test_the_promises_hold_whatever_happens_in_whatever_order(machine: type[Anything]) -> None:
+    budget = settings(max_examples=250, stateful_step_count=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(machine, settings=budget)

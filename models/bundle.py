@@ -25,7 +25,7 @@ from models.distance import Distance
 from models.durable import sync_folder, write_file
 from models.errors import BundleNotReady, ConfigInvalid
 from models.guard import Cuts, Fusion, Guard, Scales
-from models.lowering import folded, has_fast_bf16, in_bf16
+from models.lowering import folded, halved
 from models.preprocessing import Preprocessing
 from models.score import Scale
 from models.threshold import Threshold
@@ -141,7 +141,7 @@ def describe(folder: Path) -> tuple[str, Description, dict[str, Any]]:
 def read(folder: Path, device: torch.device = CPU) -> Bundle:
     """Verify and load a bundle onto the CPU, in the precision that suits `device`. Raises BundleNotReady, naming the file that is wrong.
 
-    Weights that were kept in bfloat16 run in it where the device is fast at that, and as the same numbers in float32 elsewhere.
+    Weights that were kept in bfloat16 stay in it, and compute in it where the device is fast at that, in float32 elsewhere.
     """
     content, manifest = _manifest(folder)
     found = {path.name for path in folder.iterdir()}
@@ -196,8 +196,8 @@ def _into(network: nn.Module, weights: dict[str, Tensor], device: torch.device) 
     """Weights into a network of the suspect's shape, which becomes what they were lowered to. Raises RuntimeError where they do not fit."""
     if network.state_dict().keys() != weights.keys():
         network = folded(network)
-    if has_fast_bf16(device) and any(value.dtype == torch.bfloat16 for value in weights.values()):
-        network = in_bf16(network)
+    if any(value.dtype == torch.bfloat16 for value in weights.values()):
+        network = halved(network, device)
     network.load_state_dict(weights)
     return network.to(memory_format=torch.channels_last)
 

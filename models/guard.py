@@ -159,8 +159,18 @@ class Guard(nn.Module):
 
     def look(self, pixels: Tensor) -> Seen:
         """What suspect and experts say of pixels, uint8 [N, 3, size, size]."""
-        inputs = self.preprocessing.normalise(pixels)
-        found = self.evidence(inputs)
+        return self.weigh(*self.flow(self.preprocessing.normalise(pixels)))
+
+    def flow(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Normalised inputs, what the suspect makes of them at each of its cuts, and its logits: all that it computes alone."""
+        values = [inputs]
+        for part in self.parts:
+            values.append(part(values[-1]))
+        return tuple(values)
+
+    def weigh(self, inputs: Tensor, *values: Tensor) -> Seen:
+        """What suspect and experts say, from what `flow` gives."""
+        found = self._from(inputs, *values)
         cheap = torch.zeros_like(found.log_x) if self.scales is None else cheap_surprise(found, self.distances, self.scales)
         return Seen(inputs, found.prediction, found.confidence, found.log_x, found.log_not_x, cheap)
 
@@ -173,12 +183,13 @@ class Guard(nn.Module):
 
     def evidence(self, inputs: Tensor) -> Evidence:
         """What suspect and experts say of normalised inputs [N, 3, size, size], before it is made into a score."""
-        value, found = inputs, {}
-        for name, part in zip(() if self.cuts is None else self.cuts.all, self.parts[:-1], strict=True):
-            found[name] = value = part(value)
-        logits = self.parts[-1](value)  # [N, C], exactly the suspect's own
-        shared = inputs if self.cuts is None else found[self.cuts.experts]
-        features = tuple(vectors(found[place]) for place in (() if self.cuts is None else self.cuts.places))
+        return self._from(*self.flow(inputs))
+
+    def _from(self, inputs: Tensor, *values: Tensor) -> Evidence:
+        *between, logits = values  # [N, C], exactly the suspect's own
+        at = dict(zip(() if self.cuts is None else self.cuts.all, between, strict=True))
+        shared = inputs if self.cuts is None else at[self.cuts.experts]
+        features = tuple(vectors(at[place]) for place in (() if self.cuts is None else self.cuts.places))
         confidence, prediction = logits.float().softmax(-1).max(-1)
         expert_logits = torch.stack([fed(expert, shared) for expert in self.experts])  # [K, N, C]
         return Evidence(prediction, confidence, *geometric_mean(*log_confidence(expert_logits, prediction)), features, shared)

@@ -1,4 +1,7 @@
-"""In which form experts and auxiliary are served: batch norms folded into the convolutions before them, bfloat16 where the device is fast at it.
+"""In which form experts and auxiliary are served: batch norms folded into the convolutions before them, and weights in bfloat16.
+
+They also compute in it where the device is fast at that; elsewhere each weight becomes the same number in float32 when it is used, which takes a small part
+of the time of the product that it is used in.
 
 The suspect is folded too, but keeps float32: its answers must stay its own. A calibration lowers before it measures anything, so that its threshold is one
 of the networks that serve.
@@ -9,7 +12,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 
@@ -25,8 +29,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def lowered(network: nn.Module, device: torch.device) -> nn.Module:
     """A copy of a network as `device` serves it."""
-    small = folded(network)
-    return in_bf16(small) if has_fast_bf16(device) else small
+    return halved(folded(network), device)
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -52,6 +55,31 @@ def folded(network: nn.Module) -> nn.Module:
     return traced.eval()
 
 
+class _HalfConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        convolved: Tensor = self._conv_forward(input, self.weight.float(), self.bias)
+        return convolved
+
+
+class _HalfLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight.float(), self.bias)
+
+
+_HALF: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _HalfConv2d, nn.Linear: _HalfLinear}
+
+
+def halved(network: nn.Module, device: torch.device) -> nn.Module:
+    """The same network, in place, with weights in bfloat16; it computes in what `device` is fast at."""
+    if has_fast_bf16(device):
+        return in_bf16(network)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and type(module) in _HALF:
+            module.__class__ = _HALF[type(module)]  # type: ignore[assignment] # the names of its weights stay as they are
+            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+    return network
+
+
 def in_bf16(network: nn.Module) -> nn.Module:
     """The same network, in place, in bfloat16; batch norms keep float32, since three digits of a variance would shift everything behind them."""
     network.to(torch.bfloat16)
@@ -62,5 +90,13 @@ def in_bf16(network: nn.Module) -> nn.Module:
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """That of the network's first weights: what its inputs have to be."""
-    return next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    """In which the network computes: what its inputs have to be."""
+    first = None
+    for module in network.modules():
+        if type(module) in _HALF.values():
+            return torch.float32
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype == torch.bfloat16:  # norms in front of it are in float32
+                return torch.bfloat16
+            first = first or parameter.dtype
+    return first or torch.float32

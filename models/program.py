@@ -1,16 +1,22 @@
-"""A guard as it serves on a CPU: its look and its question as two graphs that run outside the Python interpreter.
+"""A guard as it serves on a CPU: graphs that run outside the Python interpreter.
 
 Step by step, a forward comes back to the interpreter some two hundred times, and each time waits for the lock that the threads want which read requests.
-TorchScript's traces need no compiler on the server, and run the very same steps. A trace follows one path: a network that might take another is found by
-torch.fx, which refuses any step that depends on values. Such a guard, and one that its program does not repeat, is served as it is.
+So it is traced by TorchScript, which runs the very same steps and needs no compiler on the server. Most of the time goes into the suspect's own
+convolutions, and those ONNX Runtime may do faster: both are tried, and what is faster here serves.
+
+A trace follows one path: a network that might take another is found by torch.fx, which refuses any step that depends on values. Such a guard, and one that
+no program repeats, is served as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import io
+import statistics
+import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +25,11 @@ from models.guard import Guard, Judgement, Seen, gated
 from models.trunk import trace
 
 TOLERANCE = 1e-5
+ROUNDS = 5  # in which programs are compared
 
 
 class Program(nn.Module):
-    """Judges like the guard that it was traced from; holds all that it needs of it."""
+    """Judges like the guard that it was made of; holds all that it needs of it."""
 
     def __init__(self, look: nn.Module, ask: nn.Module, gate: float) -> None:
         super().__init__()
@@ -34,45 +41,119 @@ class Program(nn.Module):
         return gated(lambda pixels: Seen(*self.look(pixels)), lambda seen: self.ask(*seen), self.gate, pixels, ungated)
 
 
+class OnnxFlow(nn.Module):
+    """All that the suspect computes alone, from pixels to what `Guard.flow` gives, in ONNX Runtime."""
+
+    def __init__(self, guard: Guard, pixels: Tensor, threads: int) -> None:
+        super().__init__()
+        import onnxruntime  # here: it takes a tenth of a second, and a server on a GPU has no use for it
+
+        outputs = [f"value{number}" for number in range(len(guard.parts) + 1)]
+        axes = {name: {0: "images"} for name in ["pixels", *outputs]}
+        graph = io.BytesIO()
+        step = _Step(guard, lambda pixels: guard.flow(guard.preprocessing.normalise(pixels)))
+        torch.onnx.export(step, (pixels,), cast(Any, graph), dynamo=False, input_names=["pixels"], output_names=outputs, dynamic_axes=axes)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a server that is asked nothing does nothing
+        self.session = onnxruntime.InferenceSession(graph.getvalue(), options, providers=["CPUExecutionProvider"])
+        self.nbytes = sum(value.numel() * value.element_size() for value in guard.parts.state_dict().values())
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """pixels: uint8 [N, 3, size, size]."""
+        values = [torch.from_numpy(value) for value in self.session.run(None, {"pixels": pixels.numpy()})]
+        return [value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value for value in values]  # as experts are fast with
+
+
+class OnnxLook(nn.Module):
+    """As `Guard.look`: the suspect in ONNX Runtime, the rest as traced."""
+
+    def __init__(self, flow: OnnxFlow, weigh: nn.Module) -> None:
+        super().__init__()
+        self.flow, self.weigh = flow, weigh
+
+    def forward(self, pixels: Tensor) -> Any:
+        return self.weigh(*self.flow(pixels))
+
+
 class _Step(nn.Module):
     """A method of a guard, of and to plain tensors."""
 
     def __init__(self, guard: Guard, method: Callable[..., Any]) -> None:
         super().__init__()
         self.guard, self.method = guard, method
+        self.eval()  # the exporter gives a module back in the mode in which it came, and all below it
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.method(*tensors))
 
 
-def serving(guard: Guard, images: Tensor) -> nn.Module:
-    """What serves instead of a guard, warmed up: its program, or itself, without the suspect as it was: its folded parts are all that runs.
+def serving(guard: Guard, images: Tensor, threads: int = 1) -> nn.Module:
+    """What serves instead of a guard, warmed up: a program of it, or itself, without the suspect as it was: its folded parts are all that runs.
 
-    images: uint8 [N, 3, size, size] on the guard's device; the program has to judge them as the guard does.
+    images: uint8 [N, 3, size, size] on the guard's device; a program has to judge them as the guard does. threads: of a forward on a CPU.
     """
+    lean = without(guard, guard.suspect)
+    found = programs(lean, images, threads) if images.device.type == "cpu" else []  # a GPU waits for launches, not for the interpreter
+    for served in [lean, *found]:
+        for batch in (images[:1], images):  # the first forwards of a network are slow: not a caller's time
+            served(batch, ungated=True)
+    return min(found, key=lambda each: _seconds(each, images), default=lean)
+
+
+def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
+    """Those that there are, and that judge the images, uint8 [N, 3, size, size], as the guard does."""
+    made = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of each size that becomes a constant; whether that is right is tried below
+        for make in (_traced, _with_onnx):
+            try:
+                for network in (*guard.parts, *guard.experts, guard.auxiliary):
+                    trace(network)
+                program = make(guard, images[:2], threads)
+                if all(_alike(program(part, ungated=True), guard(part, ungated=True)) for part in (images, images[:1], images[-3:])):
+                    made.append(program)
+            except Exception:  # noqa: BLE001, S112 - whatever a foreign network raises here, the guard can still run it
+                continue
+    return made
+
+
+def _traced(guard: Guard, images: Tensor, threads: int) -> Program:
+    del threads
+    seen = guard.look(images)
+    return Program(_trace(guard, guard.look, (images,)), _trace_ask(guard, seen), guard.gate)
+
+
+def _with_onnx(guard: Guard, images: Tensor, threads: int) -> Program:
+    flow, rest = OnnxFlow(guard, images, threads), without(guard, guard.parts)
+    values = tuple(flow(images))
+    look = OnnxLook(flow, _trace(rest, rest.weigh, values))
+    return Program(look, _trace_ask(rest, rest.weigh(*values)), guard.gate)
+
+
+def _trace_ask(guard: Guard, seen: Seen) -> nn.Module:
+    return _trace(guard, lambda *seen: guard.ask(Seen(*seen)), tuple(seen))
+
+
+def _trace(guard: Guard, method: Callable[..., Any], example: tuple[Tensor, ...]) -> nn.Module:
+    made: nn.Module = torch.jit.trace(_Step(guard, method), example, check_trace=False)
+    return made.eval()
+
+
+def without(guard: Guard, *left: nn.Module) -> Guard:
+    """The same guard, whose other modules stay its own; what needs those that are left away raises AttributeError."""
     lean = copy.copy(guard)
-    lean._modules = {name: module for name, module in guard._modules.items() if module is not guard.suspect}
-    found = program(lean, images) if images.device.type == "cpu" else None  # a GPU waits for launches, not for the interpreter
-    served = found or lean
-    for batch in (images[:1], images):  # the first forwards of a network are slow: not a caller's time
-        served(batch, ungated=True)
-    return served
+    lean._modules = {name: module for name, module in guard._modules.items() if not any(module is each for each in left)}
+    return lean
 
 
-def program(guard: Guard, images: Tensor) -> Program | None:
-    """None where there is none, or it does not judge the images, uint8 [N, 3, size, size], as the guard does."""
-    look, ask = _Step(guard, guard.look), _Step(guard, lambda *seen: guard.ask(Seen(*seen)))
-    try:
-        for network in (*guard.parts, *guard.experts, guard.auxiliary):
-            trace(network)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of each size that becomes a constant; whether that is right is tried below
-            seen = guard.look(images[:2])
-            made = Program(torch.jit.trace(look, images[:2], check_trace=False), torch.jit.trace(ask, tuple(seen), check_trace=False), guard.gate).eval()
-            right = all(_alike(made(part, ungated=True), guard(part, ungated=True)) for part in (images, images[:1], images[-3:]))
-    except Exception:  # noqa: BLE001 - whatever a foreign network raises here, the guard can still run it
-        return None
-    return made if right else None
+def _seconds(program: Program, images: Tensor) -> float:
+    def once() -> float:
+        began = time.perf_counter()
+        program(images)
+        return time.perf_counter() - began
+
+    return statistics.median(once() for _ in range(ROUNDS))
 
 
 def _alike(one: Judgement, other: Judgement) -> bool:

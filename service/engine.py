@@ -134,7 +134,7 @@ class Engine:
             bundle.check(loaded)
             threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
             images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]
-            network = serving(loaded.guard, images.to(self.device))
+            network = serving(loaded.guard, images.to(self.device), threads)
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
         description = loaded.description

@@ -35,7 +35,7 @@ from models.guard import Guard
 from models.lowering import folded
 from models.parallel import cpu_threads
 from models.preprocessing import Preprocessing
-from models.program import serving
+from models.program import OnnxFlow, OnnxLook, Program, serving
 from models.trunk import tail_copy
 
 RECORD = Path(__file__).parent.parent / "results" / "engine.json"
@@ -114,8 +114,10 @@ def measure(ways: dict[str, Callable[[Tensor], object]], pixels: Tensor, batch: 
 
 
 def weights(network: nn.Module) -> int:
-    """Bytes of distinct parameters and buffers."""
-    return sum({each.data_ptr(): each.numel() * each.element_size() for each in network.state_dict(keep_vars=True).values()}.values())
+    """Bytes of distinct parameters and buffers, and of those that are in another runtime."""
+    own: dict[int, int] = {each.data_ptr(): each.numel() * each.element_size() for each in network.state_dict(keep_vars=True).values()}
+    elsewhere: list[int] = [module.nbytes for module in network.modules() if isinstance(module, OnnxFlow)]
+    return sum([*own.values(), *elsewhere])
 
 
 def run(architecture: str, device: torch.device, batches: tuple[int, ...], seconds: float) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(guard.suspect, guard.preprocessing.size))
     suspect, preprocessing, example = guard.suspect, guard.preprocessing, pixels[:8].to(device)
-    served = serving(guard, example)
+    served = serving(guard, example, torch.get_num_threads())
     lean = Alone(folded(suspect), preprocessing)
     with torch.no_grad():
         traced = torch.jit.trace(lean, example, check_trace=False) if device.type == "cpu" else lean  # as `serving` does with a guard
@@ -148,6 +150,7 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
         "guarded_of_unguarded_traced": round(at[best]["guarded"]["of_unguarded"] / at[best]["unguarded_traced"]["of_unguarded"], 3),
         "attacked_of_naive": round(at[best]["guarded_all_attack"]["images_per_second"] / at[best]["naive"]["images_per_second"], 3),
         "batch_1_latency": round(1 / at["1"]["guarded"]["of_unguarded"], 3) if "1" in at else None,
+        "runtime": "eager" if not isinstance(served, Program) else "onnxruntime" if isinstance(served.look, OnnxLook) else "torchscript",
         "weights_of_suspect": round(weights(served) / weights(suspect), 3),
         "batches": at,
         "threads": torch.get_num_threads(),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import architectures
-from models.lowering import dtype_of, folded, has_fast_bf16, in_bf16, lowered
+from models import architectures, lowering
+from models.lowering import dtype_of, folded, in_bf16, lowered
 from models.trunk import choose_cut, tail_copy
 
 
@@ -90,6 +90,29 @@ def test_in_bfloat16_norms_keep_their_digits() -> None:
     assert all(module.weight.dtype == torch.float32 for module in network.modules() if isinstance(module, nn.BatchNorm2d))
 
 
-def test_a_network_is_lowered_to_what_the_device_is_fast_at() -> None:
-    cpu = torch.device("cpu")
-    assert dtype_of(lowered(trained("resnet20"), cpu)) == (torch.bfloat16 if has_fast_bf16(cpu) else torch.float32)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", ["resnet20", "densenet121", "timm/vit_tiny_patch16_224"])
+def test_a_lowered_network_has_half_the_weights_and_says_nearly_the_same(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "has_fast_bf16", lambda _: fast)
+    network = trained(name)
+    small = lowered(network, torch.device("cpu"))
+    assert dtype_of(small) == (torch.bfloat16 if fast else torch.float32)
+    inputs = torch.randn(4, 3, *(2 * [32 if name == "resnet20" else 224]), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        mine, its = small(inputs.to(dtype_of(small))).float(), network(inputs)
+    assert ((mine - its).abs().max() / its.std()).item() < 0.1
+    assert size(small) < 0.55 * size(folded(network))
+
+
+def test_weights_that_rest_in_bfloat16_are_computed_with_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "has_fast_bf16", lambda _: False)
+    small = lowered(trained("resnet20"), torch.device("cpu"))
+    same = folded(trained("resnet20"))
+    same.load_state_dict(small.state_dict())  # the same names, and numbers that float32 has too
+    inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(small(inputs), same(inputs))
+
+
+def size(network: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in network.state_dict().values())

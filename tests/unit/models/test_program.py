@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.guard import Guard
 from models.preprocessing import Preprocessing
-from models.program import Program, program, serving
+from models.program import OnnxLook, Program, programs, serving, without
 from tests.untrained import PIXELS, TOLERANCE, untrained_guard
 
 
@@ -19,10 +19,17 @@ def guard() -> Guard:
     return untrained_guard()
 
 
+@pytest.fixture(scope="module")
+def made(guard: Guard) -> dict[bool, Program]:
+    """Both programs of the guard: the traced one, and that with ONNX Runtime."""
+    mine = copy.deepcopy(guard)
+    return {isinstance(each.look, OnnxLook): each for each in programs(without(mine, mine.suspect), PIXELS[:8])}
+
+
+@pytest.mark.parametrize("onnx", [False, True])
 @pytest.mark.parametrize("batch", [1, 7, 96])
-def test_a_program_judges_as_its_guard_whatever_reaches_the_gate(guard: Guard, batch: int) -> None:
-    found = serving(copy.deepcopy(guard), PIXELS[:8])
-    assert isinstance(found, Program)
+def test_a_program_judges_as_its_guard_whatever_reaches_the_gate(guard: Guard, made: dict[bool, Program], batch: int, onnx: bool) -> None:
+    found = made[onnx]
     for part in PIXELS.split(batch):
         for ungated in (False, True):
             mine, its = found(part, ungated), guard(part, ungated)
@@ -31,13 +38,17 @@ def test_a_program_judges_as_its_guard_whatever_reaches_the_gate(guard: Guard, b
             assert torch.equal(mine.prediction, its.prediction)
 
 
-def test_the_suspect_as_it_was_is_not_kept_beside_its_folded_parts(guard: Guard) -> None:
-    mine = copy.deepcopy(guard)
-    suspect = sum(value.numel() * value.element_size() for value in mine.suspect.state_dict().values())
-    auxiliary = sum(value.numel() * value.element_size() for value in mine.auxiliary.state_dict().values())
-    rest = [*mine.experts.state_dict().values(), *mine.distances.state_dict().values()]
-    kept = {value.data_ptr(): value.numel() * value.element_size() for value in serving(mine, PIXELS[:8]).state_dict(keep_vars=True).values()}
-    assert sum(kept.values()) <= suspect + auxiliary + sum(value.numel() * value.element_size() for value in rest)
+def size(network: nn.Module) -> int:
+    return sum({value.data_ptr(): value.numel() * value.element_size() for value in network.state_dict(keep_vars=True).values()}.values())
+
+
+def test_no_network_is_held_twice(guard: Guard, made: dict[bool, Program]) -> None:
+    most = size(guard.suspect) + size(guard.auxiliary) + size(guard.experts) + size(guard.distances)
+    assert size(made[False]) <= most
+    look = made[True].look
+    assert isinstance(look, OnnxLook)
+    assert size(made[True]) + look.flow.nbytes <= most
+    assert size(serving(copy.deepcopy(guard), PIXELS[:8])) <= most
 
 
 class Choosing(nn.Module):
@@ -55,6 +66,6 @@ class Choosing(nn.Module):
 def test_a_network_that_chooses_its_steps_is_not_made_a_program_of() -> None:
     torch.manual_seed(0)
     plain = Guard(Choosing(), [Choosing()], Choosing(), Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
-    assert program(plain, PIXELS[:8]) is None  # though on these images it would agree
+    assert programs(plain, PIXELS[:8]) == []  # though on these images it would agree
     served = serving(plain, PIXELS[:8])
     assert torch.equal(served(PIXELS).score, plain(PIXELS).score)

@@ -1,26 +1,21 @@
-"""Puts the service together: routes, the one place where requests are numbered, timed and refused, start and drain."""
+"""Puts the service together: routes, start and drain."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import os
-import re
-import secrets
-import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.routing import Match
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 from torch import Tensor
 
 from models.errors import Problem
@@ -29,28 +24,19 @@ from service.auth import Authenticator
 from service.auth import Scope as TokenScope
 from service.batcher import BatchDone, Batcher
 from service.engine import Engine, LiveGuard, Outcome
-from service.errors import Draining, FieldsInvalid, NotReady, from_http, render
+from service.envelope import METHODS, Door, Envelope, Health
+from service.errors import FieldsInvalid, NotReady, from_http, render
 from service.images import Images
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.predict import ImageBatcher
 from service.settings import Settings
+from service.traffic import Traffic
 from service.views import GuardViews
 from service.worker import Worker
 
 log = structlog.get_logger()
 STUCK_SECONDS = 10.0  # a forward that runs longer than this means that the device hangs
-_METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
-
-
-@dataclass
-class Health:
-    """Whether the process should get traffic."""
-
-    started: bool = False
-    draining: bool = False
-    unavailable: dict[str, str] = field(default_factory=dict)  # guards whose active version could not be loaded, and why
 
 
 class Service:
@@ -73,7 +59,10 @@ class Service:
         )
         scopes: tuple[TokenScope, ...] = ("predict", "admin", "metrics")
         self.authenticator = Authenticator({scope: token for scope in scopes if (token := settings.token(scope))})
-        self.app = self._app()
+        traffic = Traffic(settings.deadline_seconds)
+        self.judge = predict.Judge(engine, self.images, self.batcher, metrics, settings.deadline_seconds, traffic, self.authenticator)
+        self.api = self._api()
+        self.app = Door(self.api, Envelope(predict.direct(self.judge, _on_problem), metrics, self.health), metrics, traffic)
 
     async def _run(self, live: LiveGuard, pixels: Sequence[Tensor]) -> Sequence[Outcome]:
         return await asyncio.get_running_loop().run_in_executor(self._device, self.engine.run, live, list(pixels))
@@ -81,9 +70,9 @@ class Service:
     def _count_batch(self, done: BatchDone) -> None:
         self.metrics.batch_images.observe(len(done.waits))
         self.metrics.batches.labels(done.released).inc()
-        self.metrics.stage_seconds.labels("forward").observe(done.seconds)
+        self.metrics.forward_seconds.observe(done.seconds)
         for wait in done.waits:
-            self.metrics.stage_seconds.labels("queue").observe(max(wait, 0.0))
+            self.metrics.queue_seconds.observe(max(wait, 0.0))
 
     def begin_drain(self) -> None:
         """Take no new work from now on; what was admitted is finished."""
@@ -112,7 +101,7 @@ class Service:
             self.images.close()
             self._device.shutdown()
 
-    def _app(self) -> FastAPI:
+    def _api(self) -> FastAPI:
         docs = self.settings.docs
         app = FastAPI(
             title="BaDExpert Guard",
@@ -125,8 +114,7 @@ class Service:
             openapi_url="/openapi.json" if docs else None,
             exception_handlers={Problem: _on_problem, HTTPException: _on_http, RequestValidationError: _on_validation},
         )
-        judge = predict.Judge(self.engine, self.images, self.batcher, self.metrics, self.settings.deadline_seconds)
-        app.include_router(predict.router(judge, self.authenticator, GuardViews(self.engine)))
+        app.include_router(predict.router(self.judge, GuardViews(self.engine)))
         app.include_router(
             admin.router(admin.Admin(self.engine, self.jobs, self.worker, self.settings.upload_bytes, self.settings.json_bytes), self.authenticator)
         )
@@ -177,53 +165,9 @@ class Service:
                 m.verdicts.labels(live.name, verdict)  # a series from the start: rate() sees the first rejection
 
 
-def create_app(settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> FastAPI:
+def create_app(settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> ASGIApp:
     """The ASGI application over its collaborators."""
     return Service(settings, engine, jobs, metrics).app
-
-
-class Envelope:
-    """Around every request: an id, a count and a time, a refusal while draining, and a problem body for whatever went wrong unforeseen."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, health: Health) -> None:
-        self._app, self._metrics, self._health = app, metrics, health
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, status = time.perf_counter(), 0
-        request = Request(scope)
-        given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-        request.state.request_id = request_id
-
-        async def numbered(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
-                message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]}
-            await send(message)
-
-        try:
-            if self._health.draining and scope["path"] not in ("/livez", "/readyz", "/metrics"):
-                raise Draining
-            await self._app(scope, receive, numbered)
-        except ClientDisconnect:
-            status = status or 499  # nobody is there to be answered; the number is nginx's
-        except Exception as error:
-            problem = error if isinstance(error, Problem) else Problem()
-            if not isinstance(error, Problem):
-                log.exception("unforeseen", request_id=request_id)
-            if status == 0:
-                await render(problem, request_id)(scope, receive, numbered)
-        finally:
-            # The template of the route, never the path: a label that callers choose would grow without bound.
-            route = getattr(scope.get("route"), "path", "unmatched")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.requests.labels(method, route, str(status or 500)).inc()
-            self._metrics.request_seconds.labels(method, route).observe(time.perf_counter() - began)
 
 
 async def _on_problem(request: Request, problem: Problem) -> Response:
@@ -235,7 +179,7 @@ async def _on_problem(request: Request, problem: Problem) -> Response:
 async def _on_http(request: Request, error: HTTPException) -> Response:
     headers = error.headers
     if error.status_code == 405:  # Starlette names the methods of the first route of this path only
-        allowed = [m for m in sorted(_METHODS) if any(route.matches({**request.scope, "method": m})[0] is Match.FULL for route in request.app.routes)]
+        allowed = [m for m in sorted(METHODS) if any(route.matches({**request.scope, "method": m})[0] is Match.FULL for route in request.app.routes)]
         headers = {"Allow": ", ".join(allowed)}
     return render(from_http(error.status_code, headers), request.state.request_id)
 

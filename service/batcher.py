@@ -14,7 +14,6 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -115,9 +114,9 @@ class Batcher(Generic[Key, Item, Result]):
         except TimeoutError:
             raise DeadlineExceeded from None
         finally:
-            if row.answer.cancelled():  # given up: its place is free at once, or who left would keep others out
-                with suppress(ValueError):
-                    self._rows.remove(row)
+            # Given up: its place is free at once, or who left would keep others out. (`remove` would print a row that it does not find, tensors and all.)
+            if row.answer.cancelled() and row in self._rows:
+                self._rows.remove(row)
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as batches:

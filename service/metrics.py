@@ -32,6 +32,8 @@ class Metrics:
         self.stage_seconds = Histogram(
             "badexpert_stage_seconds", "Time of an image in each stage: decode, queue, forward.", ["stage"], buckets=_SECONDS, registry=r
         )
+        # One by one: a label is looked up under a lock.
+        self.decode_seconds, self.queue_seconds, self.forward_seconds = map(self.stage_seconds.labels, ("decode", "queue", "forward"))
         self.batch_images = Histogram("badexpert_batch_images", "Images in a forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), registry=r)
         self.batches = Counter("badexpert_batches", "Forward passes, by why they were started with what they had.", ["released"], registry=r)
         self.queue_images = Gauge("badexpert_queue_images", "Images waiting for the device.", registry=r)

@@ -9,11 +9,13 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from models.errors import NotFound, Problem, ScoreNotFinite
@@ -23,6 +25,7 @@ from service.engine import Engine, LiveGuard, Outcome
 from service.errors import DeadlineExceeded, DeadlineInvalid, Forbidden, NoActiveBundle
 from service.images import Images
 from service.metrics import MOST_CLASSES, Metrics
+from service.traffic import Traffic
 from service.views import GuardList, GuardView, GuardViews
 
 ImageBatcher = Batcher[LiveGuard, Tensor, Outcome]
@@ -91,6 +94,21 @@ class Judge:
     batcher: ImageBatcher
     metrics: Metrics
     deadline_seconds: float
+    traffic: Traffic
+    authenticator: Authenticator
+
+    def authorise(self, request: Request, explain: bool) -> None:
+        """Raises Unauthenticated, or Forbidden."""
+        scopes = self.authenticator.require(request, "predict")
+        if explain and "admin" not in scopes:
+            raise Forbidden("Scores are shown to the admin scope only: they would be an oracle for an attacker.")
+
+    async def answer(self, request: Request, guard: str, explain: bool) -> Response:
+        """To a request with one image."""
+        self.authorise(request, explain)
+        live, deadline = self.live(guard), self.deadline(request)
+        verdict = await self.judge(live, await self.images.one(request), deadline, request.state.request_id, explain)
+        return Response(verdict.model_dump_json(), media_type="application/json")  # FastAPI would validate it once more
 
     def live(self, guard: str) -> LiveGuard:
         """The guard as it is being served now. Raises NotFound or NoActiveBundle."""
@@ -111,14 +129,15 @@ class Judge:
 
     async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool) -> Verdict:
         """Raises a Problem wherever no complete, finite judgement was reached in time."""
-        began = time.perf_counter()
-        try:
-            async with asyncio.timeout_at(deadline):
-                pixels = await self.images.pixels(data, live.description.preprocessing)
-        except TimeoutError:
-            raise DeadlineExceeded from None
-        self.metrics.stage_seconds.labels("decode").observe(time.perf_counter() - began)
-        outcome = await self.batcher.submit(live, pixels, deadline)
+        with self.traffic.judging():
+            began = time.perf_counter()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    pixels = await self.images.pixels(data, live.description.preprocessing)
+            except TimeoutError:
+                raise DeadlineExceeded from None
+            self.metrics.decode_seconds.observe(time.perf_counter() - began)
+            outcome = await self.batcher.submit(live, pixels, deadline)
         if not (math.isfinite(outcome.score) and math.isfinite(outcome.confidence)):
             raise ScoreNotFinite
         return self._verdict(live, outcome, request_id, explain)
@@ -179,27 +198,36 @@ _BATCH_BODY: dict[str, Any] = {
 Explain = Annotated[bool, Query(description="add score and confidences; admin scope")]
 
 
-def router(judge: Judge, authenticator: Authenticator, views: GuardViews) -> APIRouter:
+def direct(judge: Judge, on_problem: Callable[[Request, Problem], Awaitable[Response]]) -> ASGIApp:
+    """The predict call without a query, past routing and middleware, which would take longer than all else that the event loop does for it.
+
+    Reads the guard's name from the scope's path parameters.
+    """
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        try:
+            response = await judge.answer(request, scope["path_params"]["guard"], explain=False)
+        except Problem as problem:
+            response = await on_problem(request, problem)
+        await response(scope, receive, send)
+
+    return app
+
+
+def router(judge: Judge, views: GuardViews) -> APIRouter:
     """The routes of the predict scope."""
     routes = APIRouter(prefix="/v1/guards", tags=["predict"])
 
-    def authorise(request: Request, explain: bool) -> None:
-        scopes = authenticator.require(request, "predict")
-        if explain and "admin" not in scopes:
-            raise Forbidden("Scores are shown to the admin scope only: they would be an oracle for an attacker.")
-
-    @routes.post("/{guard}/predict", openapi_extra=_BODY)
-    async def predict(request: Request, guard: str, explain: Explain = False) -> Verdict:
+    @routes.post("/{guard}/predict", openapi_extra=_BODY, response_model=Verdict)
+    async def predict(request: Request, guard: str, explain: Explain = False) -> Response:
         """Judge one image: the body itself, or a multipart part named `image`."""
-        authorise(request, explain)
-        live = judge.live(guard)
-        deadline = judge.deadline(request)
-        return await judge.judge(live, await judge.images.one(request), deadline, request.state.request_id, explain)
+        return await judge.answer(request, guard, explain)
 
     @routes.post("/{guard}/predict-batch", openapi_extra=_BATCH_BODY)
     async def predict_batch(request: Request, guard: str, explain: Explain = False) -> BatchVerdicts:
         """Judge several images, a verdict or a problem each, in order. All are judged by the same bundle."""
-        authorise(request, explain)
+        judge.authorise(request, explain)
         live = judge.live(guard)
         deadline = judge.deadline(request)
 
@@ -214,13 +242,13 @@ def router(judge: Judge, authenticator: Authenticator, views: GuardViews) -> API
     @routes.get("")
     async def guards(request: Request) -> GuardList:
         """All guards, their versions, and what each promises."""
-        authenticator.require(request, "predict")
+        judge.authenticator.require(request, "predict")
         return GuardList(guards=await asyncio.to_thread(views.all))
 
     @routes.get("/{guard}")
     async def guard(request: Request, guard: str) -> GuardView:
         """One guard, its versions, and what each promises."""
-        authenticator.require(request, "predict")
+        judge.authenticator.require(request, "predict")
         return await asyncio.to_thread(views.one, guard)
 
     return routes

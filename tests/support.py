@@ -187,7 +187,7 @@ def serving(service: Service) -> Iterator[Client]:
     """The service between start and end of its lifespan. Calibration jobs stay in the queue: no child process is started."""
     service.worker.start = _nothing  # type: ignore[method-assign]
     with asyncio.Runner() as runner:
-        lifespan = service.app.router.lifespan_context(service.app)
+        lifespan = service.api.router.lifespan_context(service.api)
         runner.run(_enter(lifespan))
         try:
             yield Client(service, runner)

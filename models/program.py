@@ -13,9 +13,11 @@ from __future__ import annotations
 import copy
 import io
 import statistics
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -26,6 +28,7 @@ from models.trunk import trace
 
 TOLERANCE = 1e-5
 ROUNDS = 5  # in which programs are compared
+_TRACING = threading.Lock()
 
 
 class Program(nn.Module):
@@ -104,7 +107,7 @@ def serving(guard: Guard, images: Tensor, threads: int = 1) -> nn.Module:
 def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
     """Those that there are, and that judge the images, uint8 [N, 3, size, size], as the guard does."""
     made = []
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), _kept_by_nothing_else(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of each size that becomes a constant; whether that is right is tried below
         for make in (_traced, _with_onnx):
             try:
@@ -154,6 +157,18 @@ def _seconds(program: Program, images: Tensor) -> float:
         return time.perf_counter() - began
 
     return statistics.median(once() for _ in range(ROUNDS))
+
+
+@contextmanager
+def _kept_by_nothing_else() -> Iterator[None]:
+    """What is traced in here goes when its program goes. TorchScript would keep it for as long as the process lives, ten MiB for each bundle that is loaded."""
+    with _TRACING:
+        unit, types = torch.jit._state._python_cu, torch.jit._recursive.concrete_type_store
+        torch.jit._state._python_cu, torch.jit._recursive.concrete_type_store = torch._C.CompilationUnit(), torch.jit._recursive.ConcreteTypeStore()
+        try:
+            yield
+        finally:
+            torch.jit._state._python_cu, torch.jit._recursive.concrete_type_store = unit, types
 
 
 def _alike(one: Judgement, other: Judgement) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -49,6 +50,17 @@ def test_no_network_is_held_twice(guard: Guard, made: dict[bool, Program]) -> No
     assert isinstance(look, OnnxLook)
     assert size(made[True]) + look.flow.nbytes <= most
     assert size(serving(copy.deepcopy(guard), PIXELS[:8])) <= most
+
+
+def test_a_program_that_is_gone_leaves_nothing_behind(guard: Guard) -> None:
+    def classes() -> int:
+        gc.collect()
+        return sum(type(each) is type for each in gc.get_objects())
+
+    programs(guard, PIXELS[:8])
+    before = classes()
+    programs(guard, PIXELS[:8])
+    assert classes() == before  # TorchScript makes one for each module that it traces
 
 
 class Choosing(nn.Module):

@@ -18,13 +18,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from models.guard import Guard, Judgement, Seen, gated
-from models.trunk import trace
+from models.trunk import CannotCut, trace
 
 TOLERANCE = 1e-5
 ROUNDS = 5  # in which programs are compared
@@ -98,22 +99,26 @@ def serving(guard: Guard, images: Tensor, threads: int = 1) -> nn.Module:
     """
     lean = without(guard, guard.suspect)
     found = programs(lean, images, threads) if images.device.type == "cpu" else []  # a GPU waits for launches, not for the interpreter
-    for served in [lean, *found]:
+    candidates: list[nn.Module] = [*found] or [lean]
+    for served in candidates:
         for batch in (images[:1], images):  # the first forwards of a network are slow: not a caller's time
             served(batch, ungated=True)
-    return min(found, key=lambda each: _seconds(each, images), default=lean)
+    return min(candidates, key=lambda each: _seconds(each, images))
 
 
 def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
     """Those that there are, and that judge the images, uint8 [N, 3, size, size], as the guard does."""
+    try:
+        for network in (*guard.parts, *guard.experts, guard.auxiliary):
+            trace(network)
+    except CannotCut:
+        return []
     made = []
     with torch.no_grad(), _kept_by_nothing_else(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of each size that becomes a constant; whether that is right is tried below
-        for make in (_traced, _with_onnx):
+        for make in (_traced, partial(_with_onnx, threads=threads)):
             try:
-                for network in (*guard.parts, *guard.experts, guard.auxiliary):
-                    trace(network)
-                program = make(guard, images[:2], threads)
+                program = make(guard, images[:2])
                 if all(_alike(program(part, ungated=True), guard(part, ungated=True)) for part in (images, images[:1], images[-3:])):
                     made.append(program)
             except Exception:  # noqa: BLE001, S112 - whatever a foreign network raises here, the guard can still run it
@@ -121,8 +126,7 @@ def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
     return made
 
 
-def _traced(guard: Guard, images: Tensor, threads: int) -> Program:
-    del threads
+def _traced(guard: Guard, images: Tensor) -> Program:
     seen = guard.look(images)
     return Program(_trace(guard, guard.look, (images,)), _trace_ask(guard, seen), guard.gate)
 
@@ -150,10 +154,10 @@ def without(guard: Guard, *left: nn.Module) -> Guard:
     return lean
 
 
-def _seconds(program: Program, images: Tensor) -> float:
+def _seconds(network: nn.Module, images: Tensor) -> float:
     def once() -> float:
         began = time.perf_counter()
-        program(images)
+        network(images)
         return time.perf_counter() - began
 
     return statistics.median(once() for _ in range(ROUNDS))

@@ -94,6 +94,7 @@ class Service:
         try:
             yield
         finally:
+            gc.unfreeze()
             self.health.draining = True
             await self.batcher.drain()
             await self.worker.stop()

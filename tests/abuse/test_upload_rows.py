@@ -145,6 +145,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         for row in sorted(chosen, key=lambda row: row.job is None):  # jobs that are to run first, since those of the others wait behind them
             server.answers[row.name] = pool.submit(server.ask, row, files(row, home / "canary"))
         yield server
+        pool.shutdown(cancel_futures=True)  # while the server is there: without it, who is still asking tries again for hours
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert "Traceback" not in (home / "log").read_text()

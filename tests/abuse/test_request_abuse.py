@@ -518,10 +518,11 @@ def test_f10_the_docs_can_be_switched_off(tmp_path: Path, path: str) -> None:
 
 
 class Gated(Engine):
-    """A device that begins each batch when the test lets it."""
+    """A device that begins each batch when the test lets it, and one batch at a time, however many cores this machine has."""
 
     def __init__(self, *collaborators: Any) -> None:
         super().__init__(*collaborators)
+        self.slots = 1
         self.gate, self.images = threading.Semaphore(0), 0
 
     def run(self, live: LiveGuard, pixels: list[Tensor]) -> list[Outcome]:
@@ -537,8 +538,9 @@ def admitted(client: Client, count: int) -> list[Any]:
         tasks = []
         for number in range(count):
             tasks.append(asyncio.create_task(client.call("POST", PREDICT, [("Content-Type", "image/png")], png())))
-            while client.service.batcher.busy_since is None or client.service.batcher.waiting < number:
-                await asyncio.sleep(0.001)
+            async with asyncio.timeout(10):
+                while client.service.batcher.busy_since is None or client.service.batcher.waiting < number:
+                    await asyncio.sleep(0.001)
         return tasks
 
     return list(client.runner.run(begin()))

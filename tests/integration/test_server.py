@@ -67,7 +67,7 @@ def upload(client: httpx.Client, checkpoint: bytes, clean_set: bytes, **config: 
 
 def test_upload_follow_activate_judge_and_scrape(tmp_path: Path, small_clean_set: Path) -> None:
     with server(tmp_path) as (client, _):
-        answer = upload(client, BADNET.read_bytes(), small_clean_set.read_bytes(), target_fpr=0.05)
+        answer = upload(client, BADNET.read_bytes(), small_clean_set.read_bytes(), target_fpr=0.05, budget="quick")
         assert answer.status_code == 202, answer.text
         job = answer.json()
         assert answer.headers["location"] == f"/v1/calibrations/{job['id']}"

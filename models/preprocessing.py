@@ -36,6 +36,9 @@ def decode(data: bytes) -> Image.Image:
         _check_size(*image.size)
         if image.mode not in _EIGHT_BIT_MODES:
             raise ImageMode(f"The image has pixels of mode {image.mode}; save it as 8-bit grey, palette, RGB or CMYK.")
+        if image.mode == "RGB":
+            image.load()
+            return image
         return image.convert("RGB")
     except (ImageTooSmall, ImageTooLarge, ImageMode, MemoryError):
         raise
@@ -98,7 +101,7 @@ class Preprocessing:
         if (width, height) != (self.size, self.size):
             left, top = round((width - self.size) / 2), round((height - self.size) / 2)
             image = image.crop((left, top, left + self.size, top + self.size))  # pads with black where the crop is larger
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # [H, W, 3] -> [3, H, W]
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] on any device -> float32 of the same shape, channels last."""

@@ -35,8 +35,9 @@ and traced, stands beside it.
 What limits it. On a CPU the convolutions of suspect and experts: the interpreter has little part in it since a guard is served as a program
 ([decision 11](decisions/0011-what-serves-is-a-program-of-the-guard.md)). On a GPU with small networks or small batches it is the launches of kernels: the guard
 makes three times as many as the suspect alone, and until the batch fills the card each takes the same time whatever it computes, so that the guard is no faster
-than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 5.8 ms of CPU time a request on two
-cores with AVX2, the event loop takes 1.0, decoding 0.5, the networks the rest; with AMX, where networks are several times as fast, the loop took a quarter.
+than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 3.6 ms of CPU time a request on two
+cores with AVX2, the event loop takes 1.0, decoding of small images included, the networks the rest; with AMX, where networks are several times as fast, the
+loop took a quarter.
 """
 
 # (change, what was predicted of the share of the unguarded rate, what came out on two cores, verdict)
@@ -100,6 +101,31 @@ TRIED = [
         "not predicted",
         "of 1,500 images/s 29 answered in time a second, at the door 130 to 290, with the two above 330 to 380 (AVX2)",
         "kept",
+    ),
+    (
+        "PNGs of up to 64x64 decoded by the event loop itself",
+        "4.5 to 4.0 ms of CPU time a request",
+        "4.5 to 3.6 ms; of 350 images/s half within 20 ms, before 65 ms; knee 250 to 350 before, 400 to 450 after, measured in turn (AVX2)",
+        "kept: asking a thread and hearing of it takes longer than decoding",
+    ),
+    ("a copy less from PNG to tensor", "not predicted", "0.17 to 0.12 ms an image (AVX2)", "kept"),
+    (
+        "a second batch only once several images wait, so that batches are fuller",
+        "networks 3.0 to 2.6 ms a request, knee 350 to 420",
+        "half answered within 21 to 34 ms instead of 14 at 150 images/s, and a lower knee (AVX2)",
+        "not taken: the prediction was wrong",
+    ),
+    (
+        "the three tails as one, by grouped convolutions",
+        "0.5 of 3.75 ms for a single image",
+        "tails 0.67 to 0.61 ms for a single image, 12.9 to 15.3 ms for 32 (AVX2)",
+        "not taken: the prediction was wrong",
+    ),
+    (
+        "auxiliary in ONNX Runtime too, with its weights kept in bfloat16",
+        "not predicted",
+        "2.3 to 1.9 ms for a single image, 54.8 to 56.5 ms for 32; with float32 weights 1.3 and 33.4 ms, and weights 2.8 times the suspect's (AVX2)",
+        "not taken",
     ),
     ("distances kept in bfloat16", "no faster; weights 2.7 to 2.3 times the suspect's", "2.69 to 2.30 (ResNet-20), 2.40 to 2.26 (ResNet-18)", "kept: the same"),
 ]

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import structlog
@@ -30,12 +29,14 @@ from service.images import Images
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.predict import ImageBatcher
+from service.priority import at_full_priority
 from service.settings import Settings
 from service.traffic import Traffic
 from service.views import GuardViews
 from service.worker import Worker
 
 log = structlog.get_logger()
+LOADERS = 4  # threads for what would block the event loop
 STUCK_SECONDS = 10.0  # a forward that runs longer than this means that the device hangs
 
 
@@ -48,7 +49,7 @@ class Service:
         self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics, settings.own_architectures)
         cores = os.cpu_count() or 1
         self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores, pending=settings.queue_images)
-        self._device = ThreadPoolExecutor(engine.slots, thread_name_prefix="device")
+        self._device = at_full_priority(engine.slots, "device")
         self.batcher: ImageBatcher = Batcher(
             self._run,
             capacity=settings.queue_images,
@@ -81,6 +82,7 @@ class Service:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(at_full_priority(LOADERS, "work"))  # loads bundles, whose runtimes may start threads of their own
         await self.jobs.open()
         failed = await asyncio.to_thread(self.engine.load_all)
         for guard, problem in failed.items():

@@ -21,6 +21,7 @@ from service.app import Service
 from service.engine import Engine
 from service.jobs import Jobs
 from service.metrics import Metrics
+from service.priority import step_back
 from service.protocol import ProtocolLimits, make_protocol
 from service.settings import Settings
 
@@ -71,6 +72,10 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        step_back()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """The price of the guard without any HTTP: `python -m benchmarks.serving.engine`.
 
 Side by side in one process, turn by turn: the suspect alone, as it came and as we would serve it; our guard on clean traffic, and where every image reaches
-the gate (an attacker who sends nothing else); and the naive guard of three whole networks. The bundle of resnet20 is a real one, of a suspect of the zoo, and
+the gate (an attacker who sends nothing else); and the naive guard of three whole networks. Then, of fewer batch sizes, the guard where a share of the traffic
+is attacked, and two other detectors that judge single images. The bundle of resnet20 is a real one, of a suspect of the zoo, and
 what it catches is told beside its price; the other architectures have random weights, whose work is the same. `--record` writes
 benchmarks/results/engine.json.
 """
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 from benchmarks import records
 from benchmarks.data import DATASETS
 from benchmarks.detectors.guard import BadExpertGuard
+from benchmarks.detectors.interface import Observed
+from benchmarks.detectors.scale_up import ScaleUp
+from benchmarks.detectors.strip import Strip
 from benchmarks.evaluate import evaluate, tests
 from benchmarks.serving.naive import Naive
 from benchmarks.zoo import Suspect, load
@@ -40,6 +44,8 @@ from models.trunk import tail_copy
 
 RECORD = Path(__file__).parent.parent / "results" / "engine.json"
 BATCHES = (1, 8, 32, 128, 512)
+SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the traffic, attacked
+DETECTORS_BATCH = 8  # STRIP looks at each image 33 times
 REAL = Suspect("cifar10", "resnet20", "badnet")
 
 
@@ -113,6 +119,30 @@ def measure(ways: dict[str, Callable[[Tensor], object]], pixels: Tensor, batch: 
     }
 
 
+def under_attack(served: nn.Module, pixels: Tensor, batch: int) -> dict[str, Callable[[Tensor], object]]:
+    """By the share of a batch that an attacker sends, who wants the guard to be slow: images that reach the gate. The rest is as it comes."""
+    reach = pixels[~served(pixels).auxiliary.isnan()]
+
+    def judge(share: float) -> Callable[[Tensor], object]:
+        sent = round(share * batch)
+        images = torch.cat([reach[torch.arange(sent) % len(reach)], pixels[torch.arange(batch - sent) % len(pixels)]])
+        return lambda _: served(images)
+
+    return {f"{share:g}": judge(share) for share in SHARES}
+
+
+def detectors(suspect: nn.Module, preprocessing: Preprocessing, pixels: Tensor) -> dict[str, Callable[[Tensor], object]]:
+    """Others that judge single images, fitted; what they find is of no interest here."""
+    classes = suspect(preprocessing.normalise(pixels[:1])).shape[1]
+    observed = Observed(suspect, preprocessing, classes, "")
+    clean = LabelledPixels(pixels[:128], torch.arange(len(pixels[:128]), device=pixels.device) % classes)
+    found: dict[str, Callable[[Tensor], object]] = {}
+    for detector in (ScaleUp(), Strip()):
+        detector.fit(observed, clean, clean, 0)
+        found[detector.name] = detector.score
+    return found
+
+
 def weights(network: nn.Module) -> int:
     """Bytes of distinct parameters and buffers, and of those that are in another runtime."""
     own: dict[int, int] = {each.data_ptr(): each.numel() * each.element_size() for each in network.state_dict(keep_vars=True).values()}
@@ -140,6 +170,10 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
     }
     at = {str(batch): measure(ways, pixels, batch, seconds, device) for batch in batches}
     best = max(at, key=lambda batch: at[batch]["unguarded"]["images_per_second"])
+    few = pixels[:512].to(device)
+    usual = {name: ways[name] for name in ("unguarded", "naive")}
+    traffic = measure({**usual, **under_attack(served, few, int(best))}, pixels, int(best), seconds, device)
+    others = measure({**usual, **detectors(suspect, preprocessing, few)}, pixels, DETECTORS_BATCH, seconds, device)
     return {
         "architecture": architecture,
         "size": preprocessing.size,
@@ -153,6 +187,9 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
         "runtime": "eager" if not isinstance(served, Program) else "onnxruntime" if isinstance(served.look, OnnxLook) else "torchscript",
         "weights_of_suspect": round(weights(served) / weights(suspect), 3),
         "batches": at,
+        "attacked_share": {name: way["of_unguarded"] for name, way in traffic.items()},
+        "detectors_batch": DETECTORS_BATCH,
+        "detectors": {name: way["of_unguarded"] for name, way in others.items()},
         "threads": torch.get_num_threads(),
         **records.circumstances(device),
     }

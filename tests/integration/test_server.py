@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.pipeline import Result
 from models.registry import Registry
+from service.priority import NICENESS
 from tests.conftest import EXAMPLES
 
 BADNET = EXAMPLES / "suspect_badnet.safetensors"
@@ -171,6 +172,15 @@ def test_a_calibration_can_be_cancelled_and_one_that_was_running_is_taken_up_aga
                     job = json.loads(line[5:])
         assert job["state"] == "succeeded", job
     assert Registry(tmp_path / "guards").versions("planes") == [1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
+def test_the_event_loop_gives_way_to_the_threads_that_judge(tmp_path: Path) -> None:
+    with server(tmp_path) as (_, process):
+        found = {int(task.name): os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{process.pid}/task").iterdir()}
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    assert found.pop(process.pid) == max(NICENESS, usual)
+    assert set(found.values()) == {usual}
 
 
 def test_the_same_idempotency_key_gives_the_same_job(tmp_path: Path, small_clean_set: Path) -> None:

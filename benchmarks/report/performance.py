@@ -109,7 +109,7 @@ TRIED = [
         "PNGs of up to 64x64 decoded by the event loop itself",
         "4.5 to 4.0 ms of CPU time a request",
         "4.5 to 3.6 ms; of 350 images/s half within 20 ms, before 65 ms; knee 250 to 350 before, 400 to 450 after, measured in turn (AVX2)",
-        "kept: asking a thread and hearing of it takes longer than decoding",
+        "kept ([decision 12](decisions/0012-the-event-loop-gives-way.md))",
     ),
     (
         "the event loop gives way to the threads that judge (niceness 10)",

@@ -114,7 +114,8 @@ TRIED = [
     (
         "the event loop gives way to the threads that judge (niceness 10)",
         "not predicted",
-        "of 2,500 images/s 165 to 200 answered in time a second, at niceness 5 250 to 330, at 10 350 to 380, the knee no lower; later 150 to 360 (AVX2)",
+        "of 2,500 images/s 165 to 200 answered in time a second, at niceness 5 250 to 330, at 10 350 to 380, "
+        "later 150 to 360; of 2,000 images/s 431 before and 427 after (AVX2)",
         "kept",
     ),
     (
@@ -126,7 +127,7 @@ TRIED = [
     ("a copy less from PNG to tensor", "not predicted", "0.17 to 0.12 ms an image (AVX2)", "kept"),
     (
         "a second batch only once several images wait, so that batches are fuller",
-        "networks 3.0 to 2.6 ms a request, knee 350 to 420",
+        "networks 4.2 to 2.8 ms a request, knee 300 to 420",
         "half answered within 21 to 34 ms instead of 14 at 150 images/s, and a lower knee (AVX2)",
         "not taken: the prediction was wrong",
     ),

@@ -42,9 +42,12 @@ class Images:
             raise MediaType("Send multipart/form-data with one part named `image` for each image.")
         return await self._parts(request, self._batch_images)
 
-    async def pixels(self, data: bytes, preprocessing: Preprocessing) -> Tensor:
-        """uint8 [3, size, size]. Raises ImageProblem, or Overloaded where too many images wait to be decoded."""
-        if is_small(data) and preprocessing.size**2 <= SMALL_PIXELS:
+    async def pixels(self, data: bytes, preprocessing: Preprocessing, *, alone: bool) -> Tensor:
+        """uint8 [3, size, size]. Raises ImageProblem, or Overloaded where too many images wait to be decoded.
+
+        alone: no other image came with it; of many, the event loop would decode one after the other, and nobody else would be heard meanwhile.
+        """
+        if alone and is_small(data) and preprocessing.size**2 <= SMALL_PIXELS:
             return preprocessing.pixels(decode(data))
         if self._decoding >= self._pending:
             raise Overloaded

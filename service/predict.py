@@ -107,7 +107,7 @@ class Judge:
         """To a request with one image."""
         self.authorise(request, explain)
         live, deadline = self.live(guard), self.deadline(request)
-        verdict = await self.judge(live, await self.images.one(request), deadline, request.state.request_id, explain)
+        verdict = await self.judge(live, await self.images.one(request), deadline, request.state.request_id, explain, alone=True)
         return Response(verdict.model_dump_json(), media_type="application/json")  # FastAPI would validate it once more
 
     def live(self, guard: str) -> LiveGuard:
@@ -127,13 +127,13 @@ class Judge:
             seconds = min(seconds, int(wanted) / 1000)
         return asyncio.get_running_loop().time() + seconds
 
-    async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool) -> Verdict:
+    async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool, *, alone: bool) -> Verdict:
         """Raises a Problem wherever no complete, finite judgement was reached in time."""
         with self.traffic.judging():
             began = time.perf_counter()
             try:
                 async with asyncio.timeout_at(deadline):
-                    pixels = await self.images.pixels(data, live.description.preprocessing)
+                    pixels = await self.images.pixels(data, live.description.preprocessing, alone=alone)
             except TimeoutError:
                 raise DeadlineExceeded from None
             self.metrics.decode_seconds.observe(time.perf_counter() - began)
@@ -233,7 +233,7 @@ def router(judge: Judge, views: GuardViews) -> APIRouter:
 
         async def item(data: bytes) -> BatchItem:
             try:
-                return BatchItem(result=await judge.judge(live, data, deadline, request.state.request_id, explain))
+                return BatchItem(result=await judge.judge(live, data, deadline, request.state.request_id, explain, alone=False))
             except Problem as problem:
                 return BatchItem(problem=BatchItemProblem(status=problem.status, code=problem.code, title=problem.title, detail=problem.detail))
 

@@ -39,8 +39,8 @@ What limits it. On a CPU the convolutions of suspect and experts: the interprete
 ([decision 11](decisions/0011-what-serves-is-a-program-of-the-guard.md)). On a GPU with small networks or small batches it is the launches of kernels: the guard
 makes three times as many as the suspect alone, and until the batch fills the card each takes the same time whatever it computes, so that the guard is no faster
 than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 3.6 ms of CPU time a request on two
-cores with AVX2, the event loop takes 1.0, decoding of small images included, the networks the rest; with AMX, where networks are several times as fast, the
-loop took a quarter.
+cores with AVX2, at 450 images/s, the event loop takes 1.0, decoding of small images included, the networks the rest; with AMX, where networks are several times as
+fast, the loop took a quarter.
 """
 
 # (change, what was predicted of the share of the unguarded rate, what came out on two cores, verdict)
@@ -108,7 +108,7 @@ TRIED = [
     (
         "PNGs of up to 64x64 decoded by the event loop itself",
         "4.5 to 4.0 ms of CPU time a request",
-        "4.5 to 3.6 ms; of 350 images/s half within 20 ms, before 65 ms; knee 250 to 350 before, 400 to 450 after, measured in turn (AVX2)",
+        "4.5 to 4.3 ms at 350 images/s; half within 41 to 83 ms before, 18 to 44 after; knee up to 350 before, mostly 400 to 500 after; runs apart (AVX2)",
         "kept ([decision 12](decisions/0012-the-event-loop-gives-way.md))",
     ),
     (
@@ -121,8 +121,8 @@ TRIED = [
     (
         "at most 32 sockets in a turn of the event loop",
         "the device waits less for its next batch in a storm",
-        "nothing was answered in the storm",
-        "not taken: the prediction was wrong",
+        "all but the first 32 that epoll tells of left for later: nothing was answered in the storm; epoll asked for 32 was not measured",
+        "not taken",
     ),
     ("a copy less from PNG to tensor", "not predicted", "0.17 to 0.12 ms an image (AVX2)", "kept"),
     (
@@ -140,7 +140,7 @@ TRIED = [
     (
         "auxiliary in ONNX Runtime too, with its weights kept in bfloat16",
         "not predicted",
-        "2.3 to 1.9 ms for a single image, 54.8 to 56.5 ms for 32; with float32 weights 1.3 and 33.4 ms, and weights 2.8 times the suspect's (AVX2)",
+        "2.3 to 1.9 ms for a single image, 54.8 to 56.5 ms for 32; with float32 weights 1.3 and 33.4 ms, and by their sizes 2.8 times the suspect's (AVX2)",
         "not taken",
     ),
     ("distances kept in bfloat16", "no faster; weights 2.7 to 2.3 times the suspect's", "2.69 to 2.30 (ResNet-20), 2.40 to 2.26 (ResNet-18)", "kept: the same"),

@@ -59,15 +59,15 @@ def test_not_small(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "size", "at_once"),
-    [(png(), 32, True), (png(), SIDE, True), (png(), 224, False), (jpeg(), 32, False)],
-    ids=["small", "enlarged a little", "for a large network", "JPEG"],
+    ("data", "size", "alone", "at_once"),
+    [(png(), 32, True, True), (png(), SIDE, True, True), (png(), 224, True, False), (jpeg(), 32, True, False), (png(), 32, False, False)],
+    ids=["small", "enlarged a little", "for a large network", "JPEG", "one of several"],
 )
-def test_the_pixels_are_the_same_in_either_place(data: bytes, size: int, at_once: bool) -> None:
+def test_the_pixels_are_the_same_in_either_place(data: bytes, size: int, alone: bool, at_once: bool) -> None:
     preprocessing = Preprocessing(size, size)
     images = Images(image_bytes=2**20, batch_images=1, workers=1, pending=1)
     try:
-        found = asyncio.run(images.pixels(data, preprocessing))
+        found = asyncio.run(images.pixels(data, preprocessing, alone=alone))
         assert torch.equal(found, preprocessing.pixels(decode(data)))
         assert bool(images._pool._threads) is not at_once
     finally:

@@ -38,9 +38,9 @@ and traced, stands beside it.
 What limits it. On a CPU the convolutions of suspect and experts: the interpreter has little part in it since a guard is served as a program
 ([decision 11](decisions/0011-what-serves-is-a-program-of-the-guard.md)). On a GPU with small networks or small batches it is the launches of kernels: the guard
 makes three times as many as the suspect alone, and until the batch fills the card each takes the same time whatever it computes, so that the guard is no faster
-than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 3.6 ms of CPU time a request on two
-cores with AVX2, at 450 images/s, the event loop takes 1.0, decoding of small images included, the networks the rest; with AMX, where networks are several times as
-fast, the loop took a quarter.
+than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 3.6 ms of CPU time a request
+on two cores with AVX2, at 450 images/s, the event loop takes 1.0, decoding of small images included, the networks the rest; with AMX, where networks are
+several times as fast, the loop took a quarter.
 """
 
 # (change, what was predicted of the share of the unguarded rate, what came out on two cores, verdict)

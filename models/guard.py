@@ -1,7 +1,8 @@
 """The suspect, its backdoor experts and the auxiliary model as one module: predictions, confidences, scores.
 
 With cuts, the experts are tails on the suspect's own trunk, which is computed once for all, the distances are those of features that it computes anyway,
-and the auxiliary runs only for the images that these find suspicious; without, each is a whole network that sees every image (the paper's setting).
+and the auxiliary runs only for the images that these find suspicious. Without, each is a whole network (the paper's setting), and it is the experts that
+are left out where the auxiliary alone proves that an image will be accepted.
 Inputs are the uint8 pixels that `Preprocessing.pixels` makes; normalisation happens here, on the device.
 """
 
@@ -84,7 +85,7 @@ class Judgement:
     prediction: Tensor  # int64 [N], the suspect's class
     confidence: Tensor  # float32 [N], the suspect's softmax of it
     expert: Tensor  # float64 [N], x: the experts' confidence in it
-    auxiliary: Tensor  # float64 [N], y: the auxiliary's; NaN for an image that did not reach the gate
+    auxiliary: Tensor  # float64 [N], y: the auxiliary's; of x and y one is NaN for an image that did not reach the gate
     score: Tensor  # float64 [N]
 
     def cpu(self) -> Judgement:
@@ -92,26 +93,52 @@ class Judgement:
 
 
 class Seen(NamedTuple):
-    """What is known of N images before the auxiliary is asked, as plain tensors."""
+    """What is known of N images before the last network is asked, as plain tensors."""
 
     inputs: Tensor  # [N, 3, size, size], normalised
     prediction: Tensor  # int64 [N]
     confidence: Tensor  # float32 [N]
-    log_x: Tensor  # float64 [N]
-    log_not_x: Tensor  # float64 [N]
-    cheap: Tensor  # float64 [N], the surprise so far; 0 for the published score
+    log_known: Tensor  # float64 [N], of x or y: of what is asked first
+    log_not_known: Tensor  # float64 [N]
+    cheap: Tensor  # float64 [N], how suspicious that looks
 
 
-def gated(look: Callable[[Tensor], Seen], ask: Callable[[Seen], tuple[Tensor, Tensor]], gate: float, pixels: Tensor, ungated: bool) -> Judgement:
-    """Look at all images, and ask the auxiliary about those that the look finds suspicious."""
+@dataclass(frozen=True)
+class Order:
+    """Which of experts and auxiliary is asked about every image, and how suspicious an image has to look for the other to be asked as well.
+
+    The fused score looks at the experts first; what passes below the gate of its scales scores better than all that reach it, by definition.
+    The published score of whole networks looks at the auxiliary first: where y > c, s = y / (c x) is above 1 whatever x is, and a threshold of at most 1
+    accepts the image. Its score is then what it is at least, y / c.
+    """
+
+    experts_first: bool
+    gate: float
+
+    def at(self, threshold: float) -> float:
+        """The gate with a threshold of log s; where nothing is proven, every image is to reach it."""
+        return self.gate if self.experts_first or threshold <= 0 else -math.inf
+
+
+def gated(
+    look: Callable[[Tensor], Seen], ask: Callable[[Seen], tuple[Tensor, Tensor]], order: Order, pixels: Tensor, ungated: bool, threshold: float
+) -> Judgement:
+    """Look at all images, and ask the network that is left about those that the look finds suspicious."""
     seen = look(pixels)
-    suspicious = seen.cheap >= gate
-    y, score = torch.full_like(seen.cheap, math.nan), -seen.cheap
+    suspicious = seen.cheap >= order.at(threshold)
+    other, score = torch.full_like(seen.cheap, math.nan), -seen.cheap
     asked = (suspicious | ungated).nonzero().squeeze(1)
     if len(asked):
-        log_y, complete = ask(Seen(*(each[asked] for each in seen)))
-        y[asked], score[asked] = log_y.exp(), torch.where(suspicious[asked], complete, score[asked])
-    return Judgement(seen.prediction, seen.confidence, seen.log_x.exp(), y, score)
+        log_other, complete = ask(Seen(*(each[asked] for each in seen)))
+        other[asked], score[asked] = log_other.exp(), torch.where(suspicious[asked], complete, score[asked])
+    known = seen.log_known.exp()
+    return Judgement(seen.prediction, seen.confidence, *((known, other) if order.experts_first else (other, known)), score)
+
+
+def answer(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence, float32 [N], and predicted class, int64 [N]."""
+    confidence, prediction = logits.float().softmax(-1).max(-1)
+    return confidence, prediction
 
 
 def fed(network: nn.Module, inputs: Tensor) -> Tensor:
@@ -148,17 +175,22 @@ class Guard(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def forward(self, pixels: Tensor, ungated: bool = False) -> Judgement:
-        """pixels: uint8 [N, 3, size, size]. ungated: ask the auxiliary about all images, for whoever wants to see y; the score is the same."""
-        return gated(self.look, self.ask, self.gate, pixels, ungated)
+    def forward(self, pixels: Tensor, ungated: bool = False, threshold: float = math.inf) -> Judgement:
+        """pixels: uint8 [N, 3, size, size]. ungated: ask every network about all images, for whoever wants to see x and y; the score is the same.
+
+        threshold: of the score, where it is known. With one of at most 0, an image that the published score is sure to accept is scored no further.
+        """
+        return gated(self.look, self.ask, self.order, pixels, ungated, threshold)
 
     @property
-    def gate(self) -> float:
-        """How suspicious an image has to be for the auxiliary to be asked; without scales every image is."""
-        return -math.inf if self.scales is None else self.scales.gate
+    def order(self) -> Order:
+        """In which the networks are asked."""
+        if self.scales is not None:
+            return Order(True, self.scales.gate)
+        return Order(False, 0.0) if self.cuts is None else Order(True, -math.inf)
 
     def look(self, pixels: Tensor) -> Seen:
-        """What suspect and experts say of pixels, uint8 [N, 3, size, size]."""
+        """What the suspect and those that are asked first say of pixels, uint8 [N, 3, size, size]."""
         return self.weigh(*self.flow(self.preprocessing.normalise(pixels)))
 
     def flow(self, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -169,16 +201,23 @@ class Guard(nn.Module):
         return tuple(values)
 
     def weigh(self, inputs: Tensor, *values: Tensor) -> Seen:
-        """What suspect and experts say, from what `flow` gives."""
+        """What the suspect and those that are asked first say, from what `flow` gives."""
+        if not self.order.experts_first:
+            confidence, prediction = answer(values[-1])
+            log_y, log_not_y = log_confidence(fed(self.auxiliary, inputs), prediction)
+            return Seen(inputs, prediction, confidence, log_y, log_not_y, math.log(self.c) - log_y)
         found = self._from(inputs, *values)
         cheap = torch.zeros_like(found.log_x) if self.scales is None else cheap_surprise(found, self.distances, self.scales)
         return Seen(inputs, found.prediction, found.confidence, found.log_x, found.log_not_x, cheap)
 
     def ask(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """The auxiliary's log y, and the score with it; both float64 [N]."""
+        """What the network that is left says, log x or log y, and the score with it; both float64 [N]."""
+        if not self.order.experts_first:
+            log_x, log_not_x = self._ask_experts(seen.inputs, seen.prediction)
+            return log_x, published_score(log_x, log_not_x, seen.log_known, self.c)
         log_y, log_not_y = log_confidence(fed(self.auxiliary, seen.inputs), seen.prediction)
         if self.scales is None:
-            return log_y, published_score(seen.log_x, seen.log_not_x, log_y, self.c)
+            return log_y, published_score(seen.log_known, seen.log_not_known, log_y, self.c)
         return log_y, -(seen.cheap + surprise(self.scales.auxiliary.z(log_not_y - log_y)))
 
     def evidence(self, inputs: Tensor) -> Evidence:
@@ -190,9 +229,12 @@ class Guard(nn.Module):
         at = dict(zip(() if self.cuts is None else self.cuts.all, between, strict=True))
         shared = inputs if self.cuts is None else at[self.cuts.experts]
         features = tuple(vectors(at[place]) for place in (() if self.cuts is None else self.cuts.places))
-        confidence, prediction = logits.float().softmax(-1).max(-1)
-        expert_logits = torch.stack([fed(expert, shared) for expert in self.experts])  # [K, N, C]
-        return Evidence(prediction, confidence, *geometric_mean(*log_confidence(expert_logits, prediction)), features, shared)
+        confidence, prediction = answer(logits)
+        return Evidence(prediction, confidence, *self._ask_experts(shared, prediction), features, shared)
+
+    def _ask_experts(self, shared: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.stack([fed(expert, shared) for expert in self.experts])  # [K, N, C]
+        return geometric_mean(*log_confidence(logits, prediction))
 
     def judge(self, pixels: Tensor, batch: int = 256, ungated: bool = False) -> Judgement:
         """The same for any number of images, batch by batch, with the results on the CPU."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import statistics
 import threading
 import time
@@ -24,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.guard import Guard, Judgement, Seen, gated
+from models.guard import Guard, Judgement, Order, Seen, gated
 from models.trunk import CannotCut, trace
 
 TOLERANCE = 1e-5
@@ -35,14 +36,14 @@ _TRACING = threading.Lock()
 class Program(nn.Module):
     """Judges like the guard that it was made of; holds all that it needs of it."""
 
-    def __init__(self, look: nn.Module, ask: nn.Module, gate: float) -> None:
+    def __init__(self, look: nn.Module, ask: nn.Module, order: Order) -> None:
         super().__init__()
-        self.look, self.ask, self.gate = look, ask, gate
+        self.look, self.ask, self.order = look, ask, order
 
     @torch.inference_mode()
-    def forward(self, pixels: Tensor, ungated: bool = False) -> Judgement:
+    def forward(self, pixels: Tensor, ungated: bool = False, threshold: float = math.inf) -> Judgement:
         """As of `Guard`."""
-        return gated(lambda pixels: Seen(*self.look(pixels)), lambda seen: self.ask(*seen), self.gate, pixels, ungated)
+        return gated(lambda pixels: Seen(*self.look(pixels)), lambda seen: self.ask(*seen), self.order, pixels, ungated, threshold)
 
 
 class OnnxFlow(nn.Module):
@@ -128,14 +129,14 @@ def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
 
 def _traced(guard: Guard, images: Tensor) -> Program:
     seen = guard.look(images)
-    return Program(_trace(guard, guard.look, (images,)), _trace_ask(guard, seen), guard.gate)
+    return Program(_trace(guard, guard.look, (images,)), _trace_ask(guard, seen), guard.order)
 
 
 def _with_onnx(guard: Guard, images: Tensor, threads: int) -> Program:
     flow, rest = OnnxFlow(guard, images, threads), without(guard, guard.parts)
     values = tuple(flow(images))
     look = OnnxLook(flow, _trace(rest, rest.weigh, values))
-    return Program(look, _trace_ask(rest, rest.weigh(*values)), guard.gate)
+    return Program(look, _trace_ask(rest, rest.weigh(*values)), guard.order)
 
 
 def _trace_ask(guard: Guard, seen: Seen) -> nn.Module:

@@ -41,8 +41,8 @@ class Outcome:
     label: int
     confidence: float
     score: float
-    expert: float
-    auxiliary: float | None  # None: what the rest says was clear enough
+    expert: float | None  # None: what the rest says was clear enough
+    auxiliary: float | None  # the same; one of the two is always known
     rejected: bool
 
 
@@ -121,9 +121,9 @@ class Engine:
         """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""
         if self.device.type == "cpu" and torch.get_num_threads() != live.threads:
             torch.set_num_threads(live.threads)  # of this thread alone
-        judged = live.network(torch.stack(pixels).to(self.device, non_blocking=True)).cpu()
-        auxiliary = [None if math.isnan(y) else y for y in judged.auxiliary.tolist()]
-        columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), judged.expert.tolist(), auxiliary)
+        judged = live.network(torch.stack(pixels).to(self.device, non_blocking=True), threshold=live.threshold.value).cpu()
+        expert, auxiliary = ([None if math.isnan(value) else value for value in values.tolist()] for values in (judged.expert, judged.auxiliary))
+        columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), expert, auxiliary)
         return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
 
     def _load(self, guard: str, version: int) -> LiveGuard:

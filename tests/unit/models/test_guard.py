@@ -8,9 +8,9 @@ from torch import Tensor
 
 from models.distance import vectors
 from models.guard import Guard
-from models.score import log_confidence, mean_place, surprise
+from models.score import log_confidence, mean_place, published_score, surprise
 from models.trunk import split
-from tests.untrained import PIXELS, TOLERANCE, untrained_guard
+from tests.untrained import PIXELS, TOLERANCE, untrained_guard, untrained_published_guard
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,43 @@ def test_an_image_that_does_not_reach_the_gate_scores_better_than_any_that_does(
     judged = guard.judge(PIXELS)
     asked = ~judged.auxiliary.isnan()
     assert judged.score[asked].max() < judged.score[~asked].min()
+
+
+@pytest.fixture(scope="module")
+def published() -> Guard:
+    return untrained_published_guard()
+
+
+@torch.inference_mode()
+def published_plainly(guard: Guard) -> Tensor:
+    """The published score of PIXELS, with every network run for every image."""
+    inputs = guard.preprocessing.normalise(PIXELS)
+    prediction = guard.suspect(inputs).argmax(1)
+    log_y, _ = log_confidence(guard.auxiliary(inputs), prediction)
+    return published_score(*log_confidence(guard.experts[0](inputs), prediction), log_y, guard.c)
+
+
+@pytest.mark.parametrize("threshold", [-3.0, -0.5, 0.0])
+@pytest.mark.parametrize("ungated", [False, True])
+def test_experts_are_left_out_where_no_verdict_depends_on_them(published: Guard, threshold: float, ungated: bool) -> None:
+    seen: list[int] = []
+    handle = published.experts[0].register_forward_hook(lambda network, inputs, output: seen.append(len(output)))
+    judged, whole = published(PIXELS, ungated, threshold), published_plainly(published)
+    handle.remove()
+    spared = judged.auxiliary > published.c
+    assert 0 < int(spared.sum()) < len(PIXELS)
+    assert seen[0] == (len(PIXELS) if ungated else int((~spared).sum()))
+    assert torch.equal(judged.expert.isnan(), spared & (not ungated))
+    assert torch.equal(judged.score < threshold, whole < threshold)
+    torch.testing.assert_close(judged.score[~spared], whole[~spared], **TOLERANCE)
+    assert (judged.score[spared] <= whole[spared] + TOLERANCE["atol"]).all()  # what it is at least
+
+
+@pytest.mark.parametrize("threshold", [0.25, torch.inf])
+def test_a_threshold_that_proves_nothing_leaves_no_expert_out(published: Guard, threshold: float) -> None:
+    judged = published(PIXELS, threshold=threshold)
+    assert judged.expert.isfinite().all()
+    torch.testing.assert_close(judged.score, published_plainly(published), **TOLERANCE)
 
 
 def test_a_network_that_gives_nan_gives_no_finite_score(guard: Guard) -> None:

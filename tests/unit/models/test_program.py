@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.guard import Guard
 from models.preprocessing import Preprocessing
 from models.program import OnnxLook, Program, programs, serving, without
-from tests.untrained import PIXELS, TOLERANCE, untrained_guard
+from tests.untrained import PIXELS, TOLERANCE, untrained_guard, untrained_published_guard
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,18 @@ def test_a_program_judges_as_its_guard_whatever_reaches_the_gate(guard: Guard, m
             for name, value in vars(its).items():
                 torch.testing.assert_close(getattr(mine, name), value, **TOLERANCE, equal_nan=True)
             assert torch.equal(mine.prediction, its.prediction)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.5])
+def test_a_program_of_the_published_score_leaves_out_the_same_experts(threshold: float) -> None:
+    published = untrained_published_guard()
+    found = programs(without(published, published.suspect), PIXELS[:8])
+    assert len(found) == 2
+    its = published(PIXELS, threshold=threshold)
+    for program in found:
+        mine = program(PIXELS, threshold=threshold)
+        for name, value in vars(its).items():
+            torch.testing.assert_close(getattr(mine, name), value, **TOLERANCE, equal_nan=True)
 
 
 def size(network: nn.Module) -> int:

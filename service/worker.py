@@ -165,6 +165,9 @@ class Worker:
         self._metrics.calibrations_running.set(1)
         log.info("calibration_started", job=job.id, attempt=job.attempts)
         self._child = await self._spawn("calibrate", self.uploads / job.id, job.config)
+        with suppress(JobsUnavailable):
+            if (await self._jobs.get(job.id)).state == "cancelled":  # while there was no child yet that `cancel` could have stopped
+                await self._stop_child()
         errors = asyncio.get_running_loop().create_task(self._log_errors(self._child, job.id))
         last = await self._listen(self._child, job.id)
         await self._child.wait()

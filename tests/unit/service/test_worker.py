@@ -1,8 +1,9 @@
-"""The worker when its surroundings fail it: one job's trouble is that job's alone. No child process is started."""
+"""The worker when its surroundings fail it: one job's trouble is that job's alone. No child process calibrates anything."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,37 @@ def test_x21_the_end_of_a_job_is_written_down_as_soon_as_the_database_is_back(tm
         await jobs.add("a", {"name": "cifar"}, "digest", None)
         assert (await ended(worker, "a")).state == "failed"
         assert refusals[0] < 0
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("when", ["before its process is started", "while its process is started"])
+def test_a_job_that_is_cancelled_before_it_has_a_process_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        claim, children = jobs.claim, list[asyncio.subprocess.Process]()
+
+        async def claim_and_cancel() -> Job | None:
+            job = await claim()
+            if job is not None and when.startswith("before"):
+                await worker.cancel(job.id)
+            return job
+
+        async def spawn(action: str, folder: Path, config: dict[str, Any]) -> asyncio.subprocess.Process:
+            if when.startswith("while"):
+                await worker.cancel(folder.name)
+            pipe = asyncio.subprocess.PIPE
+            children.append(await asyncio.create_subprocess_exec("sleep", "60", stdout=pipe, stderr=pipe, start_new_session=True))
+            return children[-1]
+
+        monkeypatch.setattr(jobs, "claim", claim_and_cancel)
+        monkeypatch.setattr(worker, "_spawn", spawn)
+        (worker.uploads / "a").mkdir(parents=True)
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        await worker.start()
+        while (worker.uploads / "a").exists():
+            await asyncio.sleep(0.01)
+        assert (await jobs.get("a")).state == "cancelled"
+        assert [child.returncode for child in children] == [-signal.SIGTERM]
 
     run(tmp_path, test)
 

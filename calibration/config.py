@@ -95,7 +95,7 @@ class AutoRecipe:
 
     tail_share: float = 0.1  # the experts train only the last tenth of the network: "last block only" of a ResNet-20
     distance_shares: tuple[float, ...] = (0.2,)  # distances are measured with so much of the network behind, where the experts begin, and at its end
-    asked: float = 0.1  # share of clean images that the cheap evidence finds suspicious enough to ask the auxiliary
+    asked: float = 0.05  # share of clean images that the cheap evidence finds suspicious enough to ask the auxiliary
     experts: int = 3  # one random derangement is a gamble, the geometric mean of three is not
     expert_lrs: tuple[float, ...] = (3e-4, 1e-4, 3e-5)  # the first that does not diverge
     expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this

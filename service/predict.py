@@ -45,7 +45,7 @@ class Explanation(BaseModel):
 
     score: float = Field(description="natural logarithm of the score; below the threshold is rejected")
     threshold: float
-    expert_confidence: float | None = Field(description="null (preset paper): with what the auxiliary says, the image is accepted whatever the expert would say")
+    expert_confidence: float | None = Field(description="null (preset paper): what the auxiliary says suffices to accept the image")
     auxiliary_confidence: float | None = Field(description="null (preset auto): the suspect's features and the experts spoke clearly enough for a clean image")
     would_be: Prediction = Field(description="what the suspect says, whatever the verdict")
 

@@ -58,10 +58,11 @@ def real(device: torch.device) -> tuple[Guard, Tensor, dict[str, Any]]:
 
 
 def untrained(architecture: str, device: torch.device, classes: int = 10) -> tuple[Guard, Tensor, dict[str, Any]]:
-    """A guard with random weights, of which a tenth of random images reach the gate; it can catch nothing."""
+    """A guard with random weights, whose gate as many random images reach as clean ones do a real guard's; it can catch nothing."""
     torch.manual_seed(0)
-    known = architectures.get(architecture)
-    suspect, size = known.build(classes).eval(), known.size
+    name, _, asked_size = architecture.partition("@")
+    known = architectures.get(name)
+    suspect, size = known.build(classes).eval(), int(asked_size or known.size)
     pixels = torch.randint(0, 256, (128, 3, size, size), dtype=torch.uint8)
     preprocessing = Preprocessing(size, size, mean=DATASETS["cifar10"].preprocessing.mean, std=DATASETS["cifar10"].preprocessing.std)
     recipe = AutoRecipe()
@@ -178,7 +179,7 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
     traffic = measure({**usual, **under_attack(served, few, int(best))}, pixels, int(best), seconds, device)
     others = measure({**usual, **detectors(suspect, preprocessing, few)}, pixels, DETECTORS_BATCH, seconds, device)
     return {
-        "architecture": architecture,
+        "architecture": architecture.partition("@")[0],
         "size": preprocessing.size,
         **caught,
         "best_batch": int(best),
@@ -190,9 +191,9 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
         "runtime": "eager" if not isinstance(served, Program) else "onnxruntime" if isinstance(served.look, OnnxLook) else "torchscript",
         "weights_of_suspect": round(weights(served) / weights(suspect), 3),
         "batches": at,
-        "attacked_share": {name: way["of_unguarded"] for name, way in traffic.items()},
+        "attacked_share": {name: way["of_unguarded"] for name, way in traffic.items() if name != "unguarded"},
         "detectors_batch": DETECTORS_BATCH,
-        "detectors": {name: way["of_unguarded"] for name, way in others.items()},
+        "detectors": {name: way["of_unguarded"] for name, way in others.items() if name not in usual},
         "threads": torch.get_num_threads(),
         **records.circumstances(device),
     }
@@ -200,7 +201,7 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", action="append", help="may be repeated (default: resnet20 and resnet18)")
+    parser.add_argument("--architecture", action="append", help="may be repeated, and end in @64 for images of another size (default: resnet20, resnet18)")
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=BATCHES)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each batch size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -214,8 +215,13 @@ def main() -> None:
         print(json.dumps(record if args.json else {key: value for key, value in record.items() if key != "batches"}), flush=True)
     if args.record:
         known = json.loads(RECORD.read_text()) if RECORD.exists() else []
-        new = {(record["architecture"], record["hardware"]) for record in found}
-        RECORD.write_text(json.dumps([*(each for each in known if (each["architecture"], each["hardware"]) not in new), *found], indent=1) + "\n")
+        new = {_cell(record) for record in found}
+        RECORD.write_text(json.dumps([*(each for each in known if _cell(each) not in new), *found], indent=1) + "\n")
+
+
+def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a record take another's place."""
+    return tuple(record[name] for name in ("architecture", "size", "hardware"))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from calibration.config import AutoRecipe, CalibrationConfig
-from calibration.fusion import fuse, lower
+from calibration.config import CalibrationConfig
 from calibration.material import Inputs, prepare, read
 from calibration.presets import train
 from calibration.progress import Progress, Tracker
@@ -23,7 +22,6 @@ from calibration.resume import Resume
 from calibration.summary import measure_accuracies, summarise
 from models import bundle
 from models.errors import TrainingDiverged
-from models.guard import Guard
 from models.registry import Registry
 from models.threshold import conformal_threshold
 
@@ -62,9 +60,7 @@ def calibrate(
     resume = Resume(unfinished, material.fingerprint(config) if unfinished is not None else "")
     trained = train(config, material, tracker, resume)
     with tracker.stage("threshold"):
-        guard = Guard(material.network, trained.experts, trained.auxiliary, material.preprocessing, cuts=trained.cuts, c=trained.c)
-        if material.held_back is not None and trained.cuts is not None:
-            guard = fuse(lower(guard, device), material.fit, material.held_back, material.num_classes, AutoRecipe.asked)
+        guard = trained.make_guard()
         judged = guard.judge(material.validation.pixels, ungated=True)  # the report draws y
         if not judged.score.isfinite().all():
             raise TrainingDiverged
@@ -84,9 +80,9 @@ def calibrate(
             preprocessing=material.preprocessing,
             preset=config.preset,
             seed=config.seed,
-            cuts=trained.cuts,
-            experts=len(trained.experts),
-            c=trained.c,
+            cuts=guard.cuts,
+            experts=len(guard.experts),
+            c=guard.c,
             scales=guard.scales,
             threshold=threshold,
         )

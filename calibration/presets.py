@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
-
-from torch import nn
 
 from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
 from calibration.finetune import Curve, LabelledPixels, finite, shift, train_auxiliary, train_expert
@@ -17,7 +16,7 @@ from calibration.resume import Made, Resume
 from calibration.search import Searched, default_setting, search
 from calibration.workshop import Workshop, choose_cuts
 from models.errors import TrainingDiverged
-from models.guard import Cuts
+from models.guard import Cuts, Guard
 from models.trunk import tail_copy
 
 
@@ -25,10 +24,8 @@ from models.trunk import tail_copy
 class Trained:
     """What a preset made, with the settings it found and what its training went through."""
 
-    experts: list[nn.Module]
-    auxiliary: nn.Module
+    make_guard: Callable[[], Guard]  # as it is served; measures what its score needs to know of clean images
     cuts: Cuts | None
-    c: float
     settings: dict[str, Any]
     expert_curves: list[Curve]
     auxiliary_curve: Curve
@@ -76,7 +73,8 @@ def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker
             return [auxiliary], {"curve": asdict(curve)}
 
         (auxiliary,), known = resume.networks("auxiliary", lambda _: [copy.deepcopy(suspect)], make_auxiliary)
-    return Trained(experts, auxiliary, None, recipe.c, asdict(recipe), [_curve(each) for each in expert_known["curves"]], _curve(known["curve"]))
+    make_guard = partial(Guard, suspect, experts, auxiliary, preprocessing, c=recipe.c)
+    return Trained(make_guard, None, asdict(recipe), [_curve(each) for each in expert_known["curves"]], _curve(known["curve"]))
 
 
 def _train_auto(config: CalibrationConfig, material: Material, held_back: LabelledPixels, tracker: Tracker, resume: Resume) -> Trained:
@@ -105,7 +103,8 @@ def _train_auto(config: CalibrationConfig, material: Material, held_back: Labell
     found = {"expert_stop": setting.expert_stop, "expert_lr": expert_known["lr"], "auxiliary_lr": known["lr"]}
     where = {"cuts": None if cuts is None else asdict(cuts), "tail_share_found": round(share, 4)}
     curves = [_curve(each) for each in expert_known["curves"]]
-    return Trained(tails, auxiliary, cuts, recipe.c, {**asdict(recipe), **found, **where}, curves, _curve(known["curve"]), searched)
+    make_guard = partial(workshop.guard, network, tails, auxiliary)
+    return Trained(make_guard, cuts, {**asdict(recipe), **found, **where}, curves, _curve(known["curve"]), searched)
 
 
 def _curve(known: dict[str, Sequence[Any]]) -> Curve:

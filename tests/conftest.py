@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -33,7 +36,16 @@ def small_clean_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory: pytest.TempPathFactory, small_clean_set: Path) -> tuple[Path, Result]:
-    """A data directory with version 1 of the guard `planes`, made by the `auto` preset; not active."""
-    data_dir = tmp_path_factory.mktemp("data")
-    inputs = Inputs(EXAMPLES / "suspect_badnet.safetensors", small_clean_set)
-    return data_dir, calibrate(CalibrationConfig(name="planes", target_fpr=0.05), inputs, Registry(data_dir / "guards"), torch.device("cpu"))
+    """A data directory with version 1 of the guard `planes`, made by the `auto` preset; not active. All workers of a run share it: leave it as it is."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    data_dir, made = shared / "calibrated", shared / "calibrated.pickle"
+    with open(shared / "calibrated.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes first makes it, whoever else needs it waits
+        if not made.exists():
+            inputs = Inputs(EXAMPLES / "suspect_badnet.safetensors", small_clean_set)
+            result = calibrate(CalibrationConfig(name="planes", target_fpr=0.05), inputs, Registry(data_dir / "guards"), torch.device("cpu"))
+            made.write_bytes(pickle.dumps(result))
+    found: Result = pickle.loads(made.read_bytes())
+    return data_dir, found

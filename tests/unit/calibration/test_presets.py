@@ -45,7 +45,7 @@ def test_auto_takes_the_first_learning_rate_that_does_not_diverge(monkeypatch: p
     monkeypatch.setattr(presets, "AutoRecipe", lambda: replace(AutoRecipe(), expert_lrs=(1e30, 1e-3), expert_steps=20, auxiliary_epochs=1))
     trained = train("auto", material(held_back=True))
     assert trained.settings["expert_lr"] == 1e-3
-    assert all(value.isfinite().all() for expert in trained.experts for value in expert.state_dict().values())
+    assert all(value.isfinite().all() for expert in trained.make_guard().experts for value in expert.state_dict().values())
 
 
 def test_auto_refuses_where_every_learning_rate_diverges(monkeypatch: pytest.MonkeyPatch) -> None:

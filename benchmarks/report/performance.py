@@ -143,6 +143,36 @@ TRIED = [
         "2.3 to 1.9 ms for a single image, 54.8 to 56.5 ms for 32; with float32 weights 1.3 and 33.4 ms, and by their sizes 2.8 times the suspect's (AVX2)",
         "not taken",
     ),
+    (
+        "gate: a twentieth instead of a tenth",
+        ".80 to .84 (ResNet-20, AVX2)",
+        ".80 to .84 at batch 32 and .87 at 128; ResNet-18 at batch 8 .75 to .82; runs apart, and the later rates are over all rounds instead of the median one",
+        "kept: of four suspects that are not caught whole one is caught less, .987 to .981",
+    ),
+    (
+        "two experts instead of three",
+        ".80 to .86 (ResNet-20, AVX2)",
+        "not measured; TPR of the suspect that is caught least .963 to .942",
+        "not taken: it catches less",
+    ),
+    (
+        "ReLU and residual sum inside oneDNN's convolution, for experts and auxiliary",
+        "auxiliary 22 to 14 ms for 13 images",
+        "a convolution with ReLU .71 to 1.06 ms, in one .71 to 1.07 (13 images, one thread; AVX2)",
+        "not taken: no faster, the prediction was wrong",
+    ),
+    (
+        "torchvision's decoder for small PNGs",
+        "not predicted",
+        "0.16 to 0.20 ms an image by Pillow, 0.07 to 0.11 by libpng (AVX2)",
+        "not taken: a fortieth of a request's time, for a second parser of hostile files",
+    ),
+    (
+        "malloc keeps large blocks, for networks of ImageNet's size",
+        "not predicted",
+        "ResNet-18 at batch 8: unguarded 29 to 35 and 34 to 39 images/s, guarded 22 to 26 and 27 to 28, in two pairs of runs (AVX2)",
+        "not taken yet: what it does to memory over many activations is not measured",
+    ),
     ("distances kept in bfloat16", "no faster; weights 2.7 to 2.3 times the suspect's", "2.69 to 2.30 (ResNet-20), 2.40 to 2.26 (ResNet-18)", "kept: the same"),
 ]
 

@@ -7,26 +7,15 @@ import os
 import torch
 from torch import nn
 
-from models.lowering import has_fast_bf16
 from models.trunk import operations
 
 # Below this many operations an image, a second thread waits more than it works; and where another process wants the core, threads that wait for one
-# another make everything several times slower (measured with a ResNet-20 on two cores: 13 ms an image instead of 3).
+# another make everything several times slower (measured with a ResNet-20 on two cores: 13 ms an image instead of 3). A calibration of its own on idle cores
+# would gain a third by a second thread (AVX2); beside other work it then took more than five minutes instead of one and a half.
 SMALL_OPERATIONS = 500_000_000
-MOST_FOR_SMALL = 4
 
 
 def cpu_threads(network: nn.Module, size: int) -> int:
     """1 for a small network, one a core otherwise; by the network alone, since the number decides the last bits of what is computed."""
     small = operations(network, torch.zeros(1, 3, size, size)) < SMALL_OPERATIONS
     return 1 if small else len(os.sched_getaffinity(0))
-
-
-def training_threads(network: nn.Module, size: int) -> int:
-    """As `cpu_threads`, but up to MOST_FOR_SMALL for a small network on a CPU that computes in float32: its batches are work enough for several there.
-
-    A step of a ResNet-20 with 64 images takes 350 ms with one thread and 225 with two, and beside two busy processes not longer (AVX2, two cores). Where
-    bfloat16 makes the same step several times shorter, the threads would wait for one another again.
-    """
-    threads = cpu_threads(network, size)
-    return threads if threads > 1 or has_fast_bf16(torch.device("cpu")) else min(MOST_FOR_SMALL, len(os.sched_getaffinity(0)))

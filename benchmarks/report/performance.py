@@ -28,8 +28,8 @@ INTRODUCTION = """# Performance
 Written by `python -m benchmarks.report` from `benchmarks/results/engine.json`, which `python -m benchmarks.serving.engine --record` makes; a test checks that
 they agree. Side by side in one process, turn by turn: the suspect without a guard, our guard on clean images, our guard where every image reaches the gate
 (an attacker who sends nothing else), and the naive guard of three whole networks for every image. Shares are of what the unguarded network does in the
-same time, over all rounds (in the records of GPUs and of CPUs with AMX, which are older, of the median round, and with a gate at a tenth). The unguarded
-network runs as PyTorch runs it, in float32; how it does when it is served like our guard, with norms folded and traced, stands beside it.
+same time, over all rounds (in the records of GPUs and of CPUs with AMX, which are older, of the median round, and with a gate at a tenth, as over HTTP).
+The unguarded network runs as PyTorch runs it, in float32; how it does when it is served like our guard, with norms folded and traced, stands beside it.
 
 ## What was tried
 

@@ -169,7 +169,7 @@ def train_auxiliary(
 ) -> tuple[nn.Module, Curve]:
     """A whole copy of the suspect finetuned on true labels: SGD, momentum 0.9, Nesterov, weight decay 1e-4, lr times `decay` at each of `steps_at`.
 
-    Given up half-way where the held-back accuracy is below `hopeless` then: the colder half of the schedule polishes, and does not bring a task back.
+    Given up at the last of `steps_at` where the held-back accuracy is below `hopeless` then: what is colder polishes, and does not bring a task back.
     """
     auxiliary = copy.deepcopy(suspect).train()
     source, device = generator(seed, "auxiliary", lr), fit.labels.device
@@ -185,7 +185,7 @@ def train_auxiliary(
         losses.append(sum(epoch_losses) / max(1, len(epoch_losses)))
         if held_back is not None:
             right.append(accuracy(auxiliary.eval(), held_back, preprocessing))
-            if epoch + 1 == epochs // 2 and right[-1] < hopeless:
+            if epoch + 1 == max(steps_at, default=epochs) and right[-1] < hopeless:
                 break
         progress((epoch + 1) / epochs)
     return auxiliary.eval(), Curve(tuple(range(1, len(losses) + 1)), tuple(right), tuple(losses))

@@ -22,7 +22,7 @@ from models.architectures import Architecture, Match
 from models.architectures.huggingface import rename
 from models.checkpoint import Checkpoint, clean_name, listed, load_weights, read_checkpoint
 from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, Problem, SuspectModelUseless
-from models.parallel import cpu_threads
+from models.parallel import training_threads
 from models.preprocessing import Preprocessing
 
 GLANCE = 128  # images on which networks are told apart
@@ -83,7 +83,7 @@ def read_suspect(path: Path, architecture: str | None, num_classes: int | None, 
     suspect = Suspect(checkpoint, match, _network(match, checkpoint, device), tuple(others), tuple(notes))
     _check_class_count(suspect, num_classes)
     if device.type == "cpu":
-        torch.set_num_threads(cpu_threads(suspect.network, suspect.architecture.size))
+        torch.set_num_threads(training_threads(suspect.network, suspect.architecture.size))
     return suspect
 
 

@@ -7,15 +7,27 @@ import os
 import torch
 from torch import nn
 
+from models.lowering import has_fast_bf16
 from models.trunk import operations
 
 # Below this many operations an image, a second thread waits more than it works; and where another process wants the core, threads that wait for one
-# another make everything several times slower (measured with a ResNet-20 on two cores: 13 ms an image instead of 3). A calibration of its own on idle cores
-# would gain a third by a second thread (AVX2); beside other work it then took more than five minutes instead of one and a half.
+# another make everything several times slower (measured with a ResNet-20 on two cores: 13 ms an image instead of 3).
 SMALL_OPERATIONS = 500_000_000
+MOST_FOR_SMALL = 4
 
 
 def cpu_threads(network: nn.Module, size: int) -> int:
     """1 for a small network, one a core otherwise; by the network alone, since the number decides the last bits of what is computed."""
     small = operations(network, torch.zeros(1, 3, size, size)) < SMALL_OPERATIONS
     return 1 if small else len(os.sched_getaffinity(0))
+
+
+def training_threads(network: nn.Module, size: int) -> int:
+    """As `cpu_threads`, but up to MOST_FOR_SMALL for a small network on a CPU that computes in float32: its batches are work enough for several there.
+
+    Meant for a process whose threads sleep while they wait, as `python -m calibration` has them: a step of a ResNet-20 with 64 images then takes 353 ms with
+    one thread and 238 with two, 383 and 401 beside a busy process, 649 and 600 beside two (AVX2, two cores). Where bfloat16 makes the same step several
+    times shorter, they would wait for one another again.
+    """
+    threads = cpu_threads(network, size)
+    return threads if threads > 1 or has_fast_bf16(torch.device("cpu")) else min(MOST_FOR_SMALL, len(os.sched_getaffinity(0)))

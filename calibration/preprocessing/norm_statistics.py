@@ -66,9 +66,9 @@ class NormStatistics:
         def take(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            own_var, own_mean = torch.var_mean(x[:, :CHANNELS].float(), (2, 3), correction=0)  # [N, C]
-            off, var = (own_mean - norm.running_mean[:CHANNELS]).double(), (norm.running_var + norm.eps)[:CHANNELS].double()
-            second = (own_var.double() + off.square()) / var - 1
+            beside = x[:, :CHANNELS].float() - norm.running_mean[:CHANNELS, None, None]
+            off, var = beside.mean((2, 3)).double(), (norm.running_var + norm.eps)[:CHANNELS].double()  # [N, C], [C]
+            second = beside.square().mean((2, 3)).double() / var - 1
             parts[self._norms.index(norm)].append(torch.cat([off / var.sqrt(), second / 2**0.5], 1).cpu())
             if norm is self._norms[-1]:
                 raise _Enough

@@ -72,12 +72,12 @@ def test_training_an_auxiliary_learns_the_task_and_leaves_the_suspect_alone() ->
     assert not suspect.training
 
 
-def test_an_auxiliary_that_has_lost_the_task_half_way_is_given_up() -> None:
+def test_an_auxiliary_that_has_lost_the_task_before_its_coldest_part_is_given_up() -> None:
     suspect, data = material()
     fixed = {"batch": 16, "epochs": 6, "steps_at": (4,), "decay": 0.1, "seed": 0, "progress": lambda _: None}
     _, lost = train_auxiliary(suspect, data, data, PLAIN, lr=1e-6, hopeless=0.9, **fixed)  # type: ignore[arg-type]
     _, kept = train_auxiliary(suspect, data, data, PLAIN, lr=0.05, hopeless=0.1, **fixed)  # type: ignore[arg-type]
-    assert lost.steps == (1, 2, 3)
+    assert lost.steps == (1, 2, 3, 4)
     assert kept.steps == (1, 2, 3, 4, 5, 6)
 
 

@@ -27,7 +27,7 @@ from benchmarks.data import DATASETS, partition
 from benchmarks.detectors.guard import as_files
 from benchmarks.evaluate import tests, triggered
 from benchmarks.zoo import ROOT, Suspect, kept, load
-from calibration.config import AutoRecipe, Budget, CalibrationConfig
+from calibration.config import Budget, CalibrationConfig, auto_recipe
 from calibration.finetune import LabelledPixels
 from calibration.material import Material, prepare, read
 from calibration.resume import Resume
@@ -55,8 +55,8 @@ def measure(which: Suspect, device: torch.device, zoo: Path = ROOT, budget: Budg
     with tempfile.TemporaryDirectory() as folder:
         material = prepare(config, read(config, as_files(Path(folder), suspect.network, clean, validation), device), device)
     assert material.held_back is not None  # `auto` has one
-    cuts, _ = choose_cuts(material.network, material.preprocessing.normalise(material.fit.pixels[:1]), AutoRecipe())
-    workshop = Workshop(AutoRecipe(), material, material.held_back, cuts, config.seed)
+    cuts, _ = choose_cuts(material.network, material.preprocessing.normalise(material.fit.pixels[:1]), auto_recipe(TARGET))
+    workshop = Workshop(auto_recipe(TARGET), material, material.held_back, cuts, config.seed)
     found = search(workshop, budget, TARGET, Resume(None, ""), lambda _: None)
     searching = time.monotonic() - began
     attacked = triggered(suspect, reported)
@@ -100,6 +100,7 @@ def main() -> None:
         if each.architecture == args.architecture and args.dataset in ("all", each.dataset) and args.attack in ("all", each.attack)
     ]
     suspects = [each for each in suspects if each.attack != "clean" and load(each, args.zoo).passes_gate]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks gain nothing from a second thread, and everything from a second process
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         for record in pool.map(partial(measure, device=torch.device(args.device), zoo=args.zoo), suspects):
             print(json.dumps(record), flush=True)

@@ -180,6 +180,7 @@ def workers(count: int) -> Iterator[Callable[..., Iterator[records.Record]]]:
     if count == 1:
         yield map
         return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         yield pool.map
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
+from calibration.config import CalibrationConfig, auto_recipe, paper_recipe
 from calibration.finetune import Curve, LabelledPixels, finite, shift, train_auxiliary, train_expert
 from calibration.material import Material
 from calibration.progress import Tracker
@@ -78,7 +78,7 @@ def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker
 
 
 def _train_auto(config: CalibrationConfig, material: Material, held_back: LabelledPixels, tracker: Tracker, resume: Resume) -> Trained:
-    recipe, network = AutoRecipe(), material.network
+    recipe, network = auto_recipe(config.target_fpr), material.network
     cuts, share = choose_cuts(network, material.preprocessing.normalise(material.fit.pixels[:1]), recipe)
     workshop = Workshop(recipe, material, held_back, cuts, config.seed)
     searched = None

@@ -27,7 +27,10 @@ def training_threads(network: nn.Module, size: int) -> int:
 
     Meant for a process whose threads sleep while they wait, as `python -m calibration` has them: a step of a ResNet-20 with 64 images then takes 353 ms with
     one thread and 238 with two, 383 and 401 beside a busy process, 649 and 600 beside two (AVX2, two cores). Where bfloat16 makes the same step several
-    times shorter, they would wait for one another again.
+    times shorter, they would wait for one another again. Whoever runs several such processes beside one another says so by OMP_NUM_THREADS.
     """
     threads = cpu_threads(network, size)
-    return threads if threads > 1 or has_fast_bf16(torch.device("cpu")) else min(MOST_FOR_SMALL, len(os.sched_getaffinity(0)))
+    if threads > 1 or has_fast_bf16(torch.device("cpu")):
+        return threads
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested levels the outermost
+    return min(MOST_FOR_SMALL, max(1, int(asked)) if asked.strip().isdigit() else len(os.sched_getaffinity(0)))

@@ -19,8 +19,8 @@ class, for which exp(z) is averaged over the places where it is measured, so tha
 
     score = - surprise(logit x) - surprise(log mean exp z of the distances) - [the first two reach the gate] surprise(-logit y)
 
-What the first two say costs next to nothing. Behind the gate lies the twentieth of clean images that they find most suspicious; all others score better
-than any of these, and for them the auxiliary never runs.
+What the first two say costs next to nothing. Behind the gate lie the few clean images that they find most suspicious, three times as many as may be
+rejected; all others score better than any of these, and for them the auxiliary never runs.
 """
 
 from __future__ import annotations

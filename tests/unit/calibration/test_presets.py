@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calibration import presets
-from calibration.config import AutoRecipe, CalibrationConfig, PaperRecipe, Preset
+from calibration.config import AutoRecipe, CalibrationConfig, PaperRecipe, Preset, auto_recipe
 from calibration.finetune import LabelledPixels
 from calibration.material import Material
 from calibration.progress import Tracker
@@ -42,13 +42,26 @@ def test_a_published_recipe_that_diverges_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_auto_takes_the_first_learning_rate_that_does_not_diverge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "AutoRecipe", lambda: replace(AutoRecipe(), expert_lrs=(1e30, 1e-3), expert_steps=20, auxiliary_epochs=1))
+    monkeypatch.setattr(presets, "auto_recipe", lambda _: replace(AutoRecipe(), expert_lrs=(1e30, 1e-3), expert_steps=20, auxiliary_epochs=1))
     trained = train("auto", material(held_back=True))
     assert trained.settings["expert_lr"] == 1e-3
     assert all(value.isfinite().all() for expert in trained.make_guard().experts for value in expert.state_dict().values())
 
 
 def test_auto_refuses_where_every_learning_rate_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "AutoRecipe", lambda: replace(AutoRecipe(), auxiliary_lr=1e30, auxiliary_lrs=(1e30,), expert_steps=5, auxiliary_epochs=1))
+    monkeypatch.setattr(presets, "auto_recipe", lambda _: replace(AutoRecipe(), auxiliary_lr=1e30, auxiliary_lrs=(1e30,), expert_steps=5, auxiliary_epochs=1))
     with pytest.raises(TrainingDiverged):
         train("auto", material(held_back=True))
+
+
+@pytest.mark.parametrize(("target_fpr", "asked"), [(0.001, 0.03), (0.01, 0.03), (0.05, 0.15)])
+def test_the_auxiliary_is_asked_about_three_times_as_many_clean_images_as_may_be_rejected(
+    monkeypatch: pytest.MonkeyPatch, target_fpr: float, asked: float
+) -> None:
+    assert auto_recipe(target_fpr).asked == pytest.approx(asked)
+    monkeypatch.setattr(presets, "auto_recipe", lambda target: replace(auto_recipe(target), expert_steps=5, auxiliary_epochs=1))
+    given = material(held_back=True)
+    guard = presets.train(CalibrationConfig(name="g", budget="quick", target_fpr=target_fpr), given, Tracker(lambda _: None), Resume(None, "")).make_guard()
+    assert given.held_back is not None
+    reached = (~guard.judge(given.held_back.pixels).auxiliary.isnan()).double().mean().item()
+    assert reached == pytest.approx(asked, abs=1.5 / len(given.held_back))

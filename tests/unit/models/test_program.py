@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from models.guard import Guard
 from models.preprocessing import Preprocessing
-from models.program import OnnxLook, Program, programs, serving, without
+from models.program import OnnxLook, Program, fastest, programs, serving, without
 from tests.untrained import PIXELS, TOLERANCE, untrained_guard, untrained_published_guard
 
 
@@ -93,3 +94,20 @@ def test_a_network_that_chooses_its_steps_is_not_made_a_program_of() -> None:
     assert programs(plain, PIXELS[:8]) == []  # though on these images it would agree
     served = serving(plain, PIXELS[:8])
     assert torch.equal(served(PIXELS).score, plain(PIXELS).score)
+
+
+class Late(nn.Module):
+    """Takes so many seconds in each of its turns, and the last of them in all that follow."""
+
+    def __init__(self, *seconds: float) -> None:
+        super().__init__()
+        self.seconds = list(seconds)
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0])
+        return images
+
+
+def test_what_is_fast_is_taken_although_something_else_held_it_up_most_of_the_time() -> None:
+    fast, slow = Late(0.1, 0.1, 0.1, 0.1, 0.0), Late(0.03)
+    assert fastest([slow, fast], PIXELS[:1]) is fast

@@ -1,0 +1,141 @@
+"""Rows D13, D14, G11, P2 and P11 of the abuse catalogue: versions that cannot be served, removed or activated, and guards without one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models.registry import Registry
+from service.jobs import Jobs
+from tests.abuse.calls import ACTIVE, GUARD, PREDICT, UPLOAD, row
+from tests.support import ACCEPTS_ALL, MULTIPART, Client, assert_problem, form, make_registry, make_service, part, png, publish, serving
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return make_registry(tmp_path)
+
+
+def break_weights(folder: Path) -> None:
+    data = bytearray((folder / "auxiliary.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "auxiliary.safetensors").write_bytes(data)
+
+
+def future_schema(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["content"]["schema"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        row("D13: without a manifest", lambda folder: (folder / "manifest.json").unlink()),
+        row("D13: without a weight file", lambda folder: (folder / "experts.safetensors").unlink()),
+        row("D13: with a file too many", lambda folder: (folder / "extra").touch()),
+        row("D13: with a changed weight", break_weights),
+        row("D13: of a future schema", future_schema),
+    ],
+)
+def test_p11_a_version_that_cannot_be_served_does_not_become_active(tmp_path: Path, registry: Registry, spoil: Callable[[Path], None]) -> None:
+    spoil(registry.folder("cifar", publish(registry, seed=5)))
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        before = client.predict(png()).json()["bundle_id"]
+        assert_problem(client.json("PUT", ACTIVE, '{"version": 2}'), 409, "bundle_not_ready")
+        assert client("GET", GUARD).json()["active"] == 1
+        assert client.predict(png()).json()["bundle_id"] == before
+
+
+def test_d13_an_unknown_version_is_not_found(client: Client) -> None:
+    assert_problem(client.json("PUT", ACTIVE, '{"version": 2}'), 404, "not_found")
+
+
+def test_p11_a_version_that_cannot_promise_the_target_in_force_does_not_become_active(tmp_path: Path, registry: Registry) -> None:
+    publish(registry, images=20)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        assert client.json("PATCH", GUARD, '{"target_fpr": 0.01}').json()["target_fpr"] == 0.01
+        assert_problem(client.json("PUT", ACTIVE, '{"version": 2}'), 422, "fpr_unreachable")
+        assert (client("GET", GUARD).json()["active"], client.predict(png()).json()["version"]) == (1, 1)
+
+
+def test_p2_after_a_swap_everything_in_an_answer_is_of_the_new_bundle(tmp_path: Path, registry: Registry) -> None:
+    publish(registry, seed=5)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        bundles = {version["version"]: version["bundle_id"] for version in client("GET", GUARD).json()["versions"]}
+        for version in (2, 1):  # forward, and back
+            assert client.json("PUT", ACTIVE, f'{{"version": {version}}}').json()["active"] == version
+            answer = client.predict(png()).json()
+            assert (answer["version"], answer["bundle_id"]) == (version, bundles[version])
+
+
+def test_d14_the_active_version_cannot_be_deleted_and_another_can(tmp_path: Path, registry: Registry) -> None:
+    publish(registry)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        assert_problem(client("DELETE", GUARD + "/versions/1"), 409, "conflict")
+        assert client("DELETE", GUARD + "/versions/2").status_code == 204
+        assert [version["version"] for version in client("GET", GUARD).json()["versions"]] == [1]
+
+
+def test_d14_a_job_that_has_ended_cannot_be_cancelled_and_a_cancelled_one_can_again(tmp_path: Path) -> None:
+    with serving(make_service(tmp_path)) as client:
+
+        async def prepare(jobs: Jobs) -> None:
+            for job_id in ("finished", "waiting"):
+                await jobs.add(job_id, {"name": "cifar"}, "digest", None)
+            await jobs.claim()
+            await jobs.end("finished", "failed", {"status": 422, "code": "suspect_model_useless", "title": "t", "detail": "d"})
+
+        client.runner.run(prepare(client.service.jobs))
+        assert_problem(client("DELETE", UPLOAD + "/finished"), 409, "conflict")
+        for _ in range(2):
+            answer = client("DELETE", UPLOAD + "/waiting")
+            assert (answer.status_code, answer.json()["state"]) == (202, "cancelled")
+        assert_problem(client("GET", UPLOAD + "/finished/report"), 409, "conflict")
+        assert client("GET", UPLOAD + "/finished").json()["problem"]["code"] == "suspect_model_useless"
+        metrics = client("GET", "/metrics").text
+        assert 'badexpert_calibrations_total{outcome="cancelled"} 1.0' in metrics
+
+
+def test_g11_a_guard_without_an_active_version_serves_nothing(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "guards")
+    publish(registry)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        assert_problem(client.predict(png()), 503, "no_active_bundle")
+        assert_problem(client("POST", PREDICT + "-batch", [("Content-Type", MULTIPART)], form(part("image", png()))), 503, "no_active_bundle")
+        assert_problem(client.json("PATCH", GUARD, '{"target_fpr": 0.1}'), 409, "conflict")
+        assert client("GET", "/readyz").json()["guards"] == []
+        assert client.json("PUT", ACTIVE, '{"version": 1}').json()["serving"] is True
+        client.assert_serves()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        row("whose active version is damaged", lambda home: break_weights(home / "1")),
+        row("whose active version is gone", lambda home: shutil.rmtree(home / "1")),
+        row("whose state is damaged", lambda home: (home / "state.json").write_text("{")),
+        row("whose target the active version cannot promise", lambda home: (home / "state.json").write_text('{"active": 1, "target_fpr": 0.0001}')),
+    ],
+)
+def test_g11_a_guard_does_not_keep_the_server_from_starting(tmp_path: Path, registry: Registry, spoil: Callable[[Path], None]) -> None:
+    publish(registry)
+    registry.activate("other", publish(registry, "other", scores=ACCEPTS_ALL))
+    spoil(tmp_path / "guards" / "cifar")
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        ready = client("GET", "/readyz").json()
+        assert (ready["guards"], list(ready["unavailable"])) == (["other"], ["cifar"])
+        assert_problem(client.predict(png()), 503, "no_active_bundle")
+        assert client("POST", "/v1/guards/other/predict", [("Content-Type", "image/png")], png()).status_code == 200
+        assert {guard["name"] for guard in client("GET", "/v1/guards").json()["guards"]} == {"cifar", "other"}
+
+
+def test_g11_activation_mends_a_damaged_state(tmp_path: Path, registry: Registry) -> None:
+    (tmp_path / "guards" / "cifar" / "state.json").write_text("{")
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        assert client.json("PUT", ACTIVE, '{"version": 1}').json()["serving"] is True
+        client.assert_serves()

@@ -12,10 +12,8 @@ import json
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import torch
 from benchmarks import records
 from benchmarks.data import DATASETS, partition
 from benchmarks.detectors.guard import as_files
-from benchmarks.evaluate import tests, triggered
+from benchmarks.evaluate import tests, triggered, workers
 from benchmarks.zoo import ROOT, Suspect, kept, load
 from calibration.config import Budget, CalibrationConfig, auto_recipe
 from calibration.finetune import LabelledPixels
@@ -100,9 +98,8 @@ def main() -> None:
         if each.architecture == args.architecture and args.dataset in ("all", each.dataset) and args.attack in ("all", each.attack)
     ]
     suspects = [each for each in suspects if each.attack != "clean" and load(each, args.zoo).passes_gate]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks gain nothing from a second thread, and everything from a second process
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        for record in pool.map(partial(measure, device=torch.device(args.device), zoo=args.zoo), suspects):
+    with workers(args.jobs) as each_of:
+        for record in each_of(partial(measure, device=torch.device(args.device), zoo=args.zoo), suspects):
             print(json.dumps(record), flush=True)
             if not args.json:
                 known = [each for each in read_records() if each["suspect"] != record["suspect"]]

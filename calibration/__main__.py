@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None, confine: bool = True) -> int:
     args = _parser().parse_args(arguments)
     confinement = asdict(sandbox.enter()) if confine else {}
     # Before torch is imported, since its libraries read these once. Deterministic cuBLAS needs its workspace fixed. And threads that wait for one another
-    # sleep early instead of spinning: beside a busy process that makes a step of training four fifths faster, alone it costs it a twentieth.
+    # sleep early instead of spinning: beside a busy process a step of training takes two thirds of the time, alone a little more (decision 13).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch  # only now: threads that a library starts would not be confined

@@ -95,7 +95,7 @@ class AutoRecipe:
 
     tail_share: float = 0.1  # the experts train only the last tenth of the network: "last block only" of a ResNet-20
     distance_shares: tuple[float, ...] = (0.2,)  # distances are measured with so much of the network behind, where the experts begin, and at its end
-    asked: float = 0.03  # share of clean images that the cheap evidence finds suspicious enough to ask the auxiliary
+    asked: float = 0.03  # least share of clean images that the cheap evidence finds suspicious enough to ask the auxiliary
     experts: int = 2  # one random derangement is a gamble, the geometric mean of two is less of one; a third catches 0.4 points more at most (decision 1)
     expert_lrs: tuple[float, ...] = (3e-4, 1e-4, 3e-5)  # the first that does not diverge
     expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this
@@ -120,7 +120,7 @@ class AutoRecipe:
 ASKED_FOR_EACH_REJECTED = 3.0
 
 
-def auto_recipe(target_fpr: float = 0.01) -> AutoRecipe:
+def auto_recipe(target_fpr: float) -> AutoRecipe:
     """The constants for a target: the auxiliary is asked about three times as many clean images as are to be rejected, and at least about three in a hundred.
 
     With fewer it could not tell which of the suspicious ones are to be rejected.

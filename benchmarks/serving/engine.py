@@ -65,7 +65,7 @@ def untrained(architecture: str, device: torch.device, classes: int = 10) -> tup
     suspect, size = known.build(classes).eval(), int(asked_size or known.size)
     pixels = torch.randint(0, 256, (128, 3, size, size), dtype=torch.uint8)
     preprocessing = Preprocessing(size, size, mean=DATASETS["cifar10"].preprocessing.mean, std=DATASETS["cifar10"].preprocessing.std)
-    recipe = auto_recipe()
+    recipe = auto_recipe(0.01)
     cuts, _ = choose_cuts(suspect, preprocessing.normalise(pixels[:1]), recipe)
     suspect = suspect.to(device).to(memory_format=torch.channels_last)
     experts = [tail_copy(suspect, cuts.experts if cuts else None) for _ in range(recipe.experts)]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import avg_pool2d
 
-GRID, MOST = 2, 512  # fields a side of a map, and dimensions that are compared at one place
+MOST = 512  # dimensions that are compared at one place
 
 
 class Distance(nn.Module):
@@ -45,8 +45,10 @@ def vectors(features: Tensor) -> Tensor:
     if features.ndim == 4:
         if features.shape[1] == features.shape[2] != features.shape[3]:  # square maps with channels last, as in a Swin
             features = features.permute(0, 3, 1, 2)
-        height, width = features.shape[2:]
-        features = adaptive_avg_pool2d(features.float(), (min(GRID, height), min(GRID, width))).flatten(1)  # [N, D, H, W] -> [N, 4 D]
+        # What adaptive_avg_pool2d does: in an odd map both halves have the middle row. But this way ONNX knows it for every size.
+        height, width = map(int, features.shape[2:])  # for a tracer, which otherwise follows sizes, too
+        field, apart = ((height + 1) // 2, (width + 1) // 2), (max(1, height // 2), max(1, width // 2))
+        features = avg_pool2d(features.float(), field, apart).flatten(1)  # [N, D, H, W] -> [N, 4 D]
     elif features.ndim == 3:
         features = features.mean(1)  # [N, T, D] -> [N, D]
     return features.float()

@@ -95,7 +95,7 @@ class Judgement:
 class Seen(NamedTuple):
     """What is known of N images before the last network is asked, as plain tensors."""
 
-    inputs: Tensor  # [N, 3, size, size], normalised
+    pixels: Tensor  # uint8 [N, 3, size, size]
     prediction: Tensor  # int64 [N]
     confidence: Tensor  # float32 [N]
     log_known: Tensor  # float64 [N], of x or y: of what is asked first
@@ -191,31 +191,35 @@ class Guard(nn.Module):
 
     def look(self, pixels: Tensor) -> Seen:
         """What the suspect and those that are asked first say of pixels, uint8 [N, 3, size, size]."""
-        return self.weigh(*self.flow(self.preprocessing.normalise(pixels)))
+        return self.weigh(pixels, *self.flow(self.preprocessing.normalise(pixels)))
 
     def flow(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Normalised inputs, what the suspect makes of them at each of its cuts, and its logits: all that it computes alone."""
+        """All that the suspect computes alone of normalised inputs: what the experts read, its features at each place, and its logits."""
         values = [inputs]
         for part in self.parts:
             values.append(part(values[-1]))
-        return tuple(values)
+        logits = values.pop()  # [N, C], exactly the suspect's own
+        if self.cuts is None:
+            return inputs, logits
+        at = dict(zip(self.cuts.all, values[1:], strict=True))
+        return at[self.cuts.experts], *(vectors(at[place]) for place in self.cuts.places), logits
 
-    def weigh(self, inputs: Tensor, *values: Tensor) -> Seen:
-        """What the suspect and those that are asked first say, from what `flow` gives."""
+    def weigh(self, pixels: Tensor, *flow: Tensor) -> Seen:
+        """What the suspect and those that are asked first say, from pixels and what `flow` gives."""
         if not self.order.experts_first:
-            confidence, prediction = answer(values[-1])
-            log_y, log_not_y = log_confidence(fed(self.auxiliary, inputs), prediction)
-            return Seen(inputs, prediction, confidence, log_y, log_not_y, math.log(self.c) - log_y)
-        found = self._from(inputs, *values)
+            confidence, prediction = answer(flow[-1])
+            log_y, log_not_y = self._ask_auxiliary(pixels, prediction)
+            return Seen(pixels, prediction, confidence, log_y, log_not_y, math.log(self.c) - log_y)
+        found = self._from(*flow)
         cheap = torch.zeros_like(found.log_x) if self.scales is None else cheap_surprise(found, self.distances, self.scales)
-        return Seen(inputs, found.prediction, found.confidence, found.log_x, found.log_not_x, cheap)
+        return Seen(pixels, found.prediction, found.confidence, found.log_x, found.log_not_x, cheap)
 
     def ask(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """What the network that is left says, log x or log y, and the score with it; both float64 [N]."""
         if not self.order.experts_first:
-            log_x, log_not_x = self._ask_experts(seen.inputs, seen.prediction)
+            log_x, log_not_x = self._ask_experts(self.preprocessing.normalise(seen.pixels), seen.prediction)
             return log_x, published_score(log_x, log_not_x, seen.log_known, self.c)
-        log_y, log_not_y = log_confidence(fed(self.auxiliary, seen.inputs), seen.prediction)
+        log_y, log_not_y = self._ask_auxiliary(seen.pixels, seen.prediction)
         if self.scales is None:
             return log_y, published_score(seen.log_known, seen.log_not_known, log_y, self.c)
         return log_y, -(seen.cheap + surprise(self.scales.auxiliary.z(log_not_y - log_y)))
@@ -224,17 +228,17 @@ class Guard(nn.Module):
         """What suspect and experts say of normalised inputs [N, 3, size, size], before it is made into a score."""
         return self._from(*self.flow(inputs))
 
-    def _from(self, inputs: Tensor, *values: Tensor) -> Evidence:
-        *between, logits = values  # [N, C], exactly the suspect's own
-        at = dict(zip(() if self.cuts is None else self.cuts.all, between, strict=True))
-        shared = inputs if self.cuts is None else at[self.cuts.experts]
-        features = tuple(vectors(at[place]) for place in (() if self.cuts is None else self.cuts.places))
+    def _from(self, shared: Tensor, *flow: Tensor) -> Evidence:
+        *features, logits = flow
         confidence, prediction = answer(logits)
-        return Evidence(prediction, confidence, *self._ask_experts(shared, prediction), features, shared)
+        return Evidence(prediction, confidence, *self._ask_experts(shared, prediction), tuple(features), shared)
 
     def _ask_experts(self, shared: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         logits = torch.stack([fed(expert, shared) for expert in self.experts])  # [K, N, C]
         return geometric_mean(*log_confidence(logits, prediction))
+
+    def _ask_auxiliary(self, pixels: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        return log_confidence(fed(self.auxiliary, self.preprocessing.normalise(pixels)), prediction)
 
     def judge(self, pixels: Tensor, batch: int = 256, ungated: bool = False) -> Judgement:
         """The same for any number of images, batch by batch, with the results on the CPU."""

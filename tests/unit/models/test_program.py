@@ -103,7 +103,7 @@ class Late(nn.Module):
         super().__init__()
         self.seconds = list(seconds)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def look(self, images: Tensor) -> Tensor:
         time.sleep(self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0])
         return images
 

@@ -158,8 +158,8 @@ def without(guard: Guard, *left: nn.Module) -> Guard:
 def fastest(candidates: Sequence[nn.Module], images: Tensor) -> nn.Module:
     """By the geometric mean over BATCHES of the best turn at a look at so many of the images, some of them repeatedly.
 
-    The best, since what else the machine does makes a turn slower, never faster, and seldom all turns of one of them. Of a large network the first two
-    batches have to do.
+    The best, since what else the machine does makes a turn slower, never faster, and seldom all turns of one of them. Of a large network the
+    smaller batches have to do.
     """
     logs = [0.0 for _ in candidates]
     for batch in BATCHES:

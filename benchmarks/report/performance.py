@@ -170,9 +170,9 @@ TRIED = [
     (
         "what serves is chosen by looks at 1, 8 and 32 images, half a second each, not by one at 8",
         "not predicted",
-        "at 8 images the two programs are alike, at 1 and 32 they are not: of two runs with 8 one took TorchScript, .84 of the unguarded rate; "
+        "at 8 images the two programs are alike, at 1 and 32 they are not: with 8 alone TorchScript was taken, .84 of the unguarded rate; "
         "with all three ONNX Runtime in four of four, .92 at 32 and .97 at 128 (ResNet-20, AVX2)",
-        "kept: loading a bundle takes 3.3 s instead of 1.6 (ResNet-20); of a large network two batches have to do",
+        "kept: loading a bundle takes 3.3 s instead of 1.6 (ResNet-20); of a large network the smaller batches have to do",
     ),
     (
         "features averaged over their maps inside ONNX Runtime, which gives no maps and no normalised images any more",

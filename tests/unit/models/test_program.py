@@ -111,3 +111,20 @@ class Late(nn.Module):
 def test_what_is_fast_is_taken_although_something_else_held_it_up_most_of_the_time() -> None:
     fast, slow = Late(0.1, 0.1, 0.1, 0.1, 0.0), Late(0.03)
     assert fastest([slow, fast], PIXELS[:1]) is fast
+
+
+class Sized(nn.Module):
+    """Takes so many seconds by how many images there are."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def look(self, images: Tensor) -> Tensor:
+        time.sleep(self.seconds[len(images)])
+        return images
+
+
+def test_what_is_a_little_slower_at_one_batch_and_much_faster_at_others_is_taken() -> None:
+    even, steep = Sized({1: 0.002, 8: 0.012, 32: 0.02}), Sized({1: 0.01, 8: 0.01, 32: 0.04})
+    assert fastest([steep, even], PIXELS[:8]) is even

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class Judgement:
     score: Tensor  # float64 [N]
 
     def cpu(self) -> Judgement:
+        if self.score.is_cpu:  # each call to a tensor's own `cpu` would wait for the interpreter's lock
+            return self
         return Judgement(**{name: value.cpu() for name, value in vars(self).items()})
 
 
@@ -120,19 +122,31 @@ class Order:
         return self.gate if self.experts_first or threshold <= 0 else -math.inf
 
 
-def gated(
-    look: Callable[[Tensor], Seen], ask: Callable[[Seen], tuple[Tensor, Tensor]], order: Order, pixels: Tensor, ungated: bool, threshold: float
-) -> Judgement:
-    """Look at all images, and ask the network that is left about those that the look finds suspicious."""
-    seen = look(pixels)
-    suspicious = seen.cheap >= order.at(threshold)
-    other, score = torch.full_like(seen.cheap, math.nan), -seen.cheap
-    asked = (suspicious | ungated).nonzero().squeeze(1)
-    if len(asked):
-        log_other, complete = ask(Seen(*(each[asked] for each in seen)))
-        other[asked], score[asked] = log_other.exp(), torch.where(suspicious[asked], complete, score[asked])
-    known = seen.log_known.exp()
-    return Judgement(seen.prediction, seen.confidence, *((known, other) if order.experts_first else (other, known)), score)
+class Gated(nn.Module):
+    """Looks at all images, and asks the network that is left about those that the look finds suspicious.
+
+    In words that TorchScript knows: compiled, with its two parts traced, it is a single call, and comes back to the Python interpreter once.
+    """
+
+    def __init__(self, look: Callable[[list[Tensor]], Any], ask: Callable[[list[Tensor]], Any], experts_first: bool) -> None:
+        """look: from pixels, and what else it is given, to what `Seen` names; ask: from some of its rows to what `Guard.ask` gives."""
+        super().__init__()
+        self.look, self.ask, self.experts_first = look, ask, experts_first
+
+    def forward(self, values: list[Tensor], gate: float, ungated: bool) -> list[Tensor]:
+        """What `Judgement` names. values: of `look`; gate: of what it finds suspicious; ungated: ask about every image."""
+        seen = self.look(values)
+        log_known, cheap = seen[3], seen[5]
+        suspicious = cheap >= gate
+        other, score = torch.full_like(cheap, math.nan), -cheap
+        asked = torch.nonzero(suspicious | ungated).squeeze(1)
+        if len(asked) > 0:
+            answered = self.ask([each[asked] for each in seen])
+            other[asked] = answered[0].exp()
+            score[asked] = torch.where(suspicious[asked], answered[1], score[asked])
+        known = log_known.exp()
+        expert, auxiliary = (known, other) if self.experts_first else (other, known)
+        return [seen[1], seen[2], expert, auxiliary, score]
 
 
 def answer(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +194,9 @@ class Guard(nn.Module):
 
         threshold: of the score, where it is known. With one of at most 0, an image that the published score is sure to accept is scored no further.
         """
-        return gated(self.look, self.ask, self.order, pixels, ungated, threshold)
+        order = self.order
+        gated = Gated(lambda values: self.look(*values), lambda rows: self.ask(Seen(*rows)), order.experts_first)
+        return Judgement(*gated([pixels], order.at(threshold), ungated))
 
     @property
     def order(self) -> Order:

@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.guard import Guard, Judgement, Order, Seen, gated
+from models.guard import Gated, Guard, Judgement, Order, Seen
 from models.trunk import CannotCut, trace
 
 TOLERANCE = 1e-5
@@ -36,14 +36,26 @@ _TRACING = threading.Lock()
 class Program(nn.Module):
     """Judges like the guard that it was made of; holds all that it needs of it."""
 
-    def __init__(self, look: nn.Module, ask: nn.Module, order: Order) -> None:
+    def __init__(self, flow: nn.Module, gated: nn.Module, order: Order) -> None:
+        """flow: from pixels to what the gated look takes beside them."""
         super().__init__()
-        self.look, self.ask, self.order = look, ask, order
+        self.flow, self.gated, self.order = flow, gated, order
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor, ungated: bool = False, threshold: float = math.inf) -> Judgement:
         """As of `Guard`."""
-        return gated(lambda pixels: Seen(*self.look(pixels)), lambda seen: self.ask(*seen), self.order, pixels, ungated, threshold)
+        return Judgement(*self.gated([pixels, *self.flow(pixels)], self.order.at(threshold), ungated))
+
+    def look(self, pixels: Tensor) -> Any:
+        """As of `Guard`."""
+        return cast(Any, self.gated).look([pixels, *self.flow(pixels)])
+
+
+class NoFlow(nn.Module):
+    """Where the look is from pixels alone."""
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return []
 
 
 class OnnxFlow(nn.Module):
@@ -54,10 +66,10 @@ class OnnxFlow(nn.Module):
         import onnxruntime  # here: it takes a tenth of a second, and a server on a GPU has no use for it
 
         step = _Step(guard, lambda pixels: guard.flow(guard.preprocessing.normalise(pixels)))
-        outputs = [f"value{number}" for number, _ in enumerate(step(pixels))]
+        outputs = [f"value{number}" for number, _ in enumerate(step([pixels]))]
         axes = {name: {0: "images"} for name in ["pixels", *outputs]}
         graph = io.BytesIO()
-        torch.onnx.export(step, (pixels,), cast(Any, graph), dynamo=False, input_names=["pixels"], output_names=outputs, dynamic_axes=axes)
+        torch.onnx.export(step, ([pixels],), cast(Any, graph), dynamo=False, input_names=["pixels"], output_names=outputs, dynamic_axes=axes)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a server that is asked nothing does nothing
@@ -66,19 +78,7 @@ class OnnxFlow(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """pixels: uint8 [N, 3, size, size]."""
-        values = [torch.from_numpy(value) for value in self.session.run(None, {"pixels": pixels.numpy()})]
-        return [value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value for value in values]  # as experts are fast with
-
-
-class OnnxLook(nn.Module):
-    """As `Guard.look`: the suspect in ONNX Runtime, the rest as traced."""
-
-    def __init__(self, flow: OnnxFlow, weigh: nn.Module) -> None:
-        super().__init__()
-        self.flow, self.weigh = flow, weigh
-
-    def forward(self, pixels: Tensor) -> Any:
-        return self.weigh(pixels, *self.flow(pixels))
+        return [torch.from_numpy(value) for value in self.session.run(None, {"pixels": pixels.numpy()})]
 
 
 class _Step(nn.Module):
@@ -89,8 +89,8 @@ class _Step(nn.Module):
         self.guard, self.method = guard, method
         self.eval()  # the exporter gives a module back in the mode in which it came, and all below it
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.method(*tensors))
+    def forward(self, values: list[Tensor]) -> list[Tensor]:
+        return list(self.method(*values))
 
 
 def serving(guard: Guard, images: Tensor, threads: int = 1) -> nn.Module:
@@ -128,23 +128,28 @@ def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
 
 
 def _traced(guard: Guard, images: Tensor) -> Program:
-    seen = guard.look(images)
-    return Program(_trace(guard, guard.look, (images,)), _trace_ask(guard, seen), guard.order)
+    return Program(NoFlow(), _gated(guard, guard.look, [images]), guard.order)
 
 
 def _with_onnx(guard: Guard, images: Tensor, threads: int) -> Program:
     flow, rest = OnnxFlow(guard, images, threads), without(guard, guard.parts)
-    values = (images, *flow(images))
-    look = OnnxLook(flow, _trace(rest, rest.weigh, values))
-    return Program(look, _trace_ask(rest, rest.weigh(*values)), guard.order)
+
+    def look(pixels: Tensor, shared: Tensor, *others: Tensor) -> Seen:
+        fast = shared.contiguous(memory_format=torch.channels_last) if shared.ndim == 4 else shared  # with what the experts are fast
+        return rest.weigh(pixels, fast, *others)
+
+    return Program(flow, _gated(rest, look, [images, *flow(images)]), guard.order)
 
 
-def _trace_ask(guard: Guard, seen: Seen) -> nn.Module:
-    return _trace(guard, lambda *seen: guard.ask(Seen(*seen)), tuple(seen))
+def _gated(guard: Guard, look: Callable[..., Seen], values: list[Tensor]) -> nn.Module:
+    """A guard's two steps, and the gate between them."""
+    look_at, ask = _trace(guard, look, values), _trace(guard, lambda *rows: guard.ask(Seen(*rows)), list(look(*values)))
+    made: nn.Module = torch.jit.script(Gated(look_at, ask, guard.order.experts_first))
+    return made
 
 
-def _trace(guard: Guard, method: Callable[..., Any], example: tuple[Tensor, ...]) -> nn.Module:
-    made: nn.Module = torch.jit.trace(_Step(guard, method), example, check_trace=False)
+def _trace(guard: Guard, method: Callable[..., Any], example: list[Tensor]) -> nn.Module:
+    made: nn.Module = torch.jit.trace(_Step(guard, method), (example,), check_trace=False, strict=False)  # not strict: that it gives a list is meant
     return made.eval()
 
 

@@ -121,7 +121,10 @@ class Engine:
         """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""
         if self.device.type == "cpu" and torch.get_num_threads() != live.threads:
             torch.set_num_threads(live.threads)  # of this thread alone
-        judged = live.network(torch.stack(pixels).to(self.device, non_blocking=True), threshold=live.threshold.value).cpu()
+        images = torch.stack(pixels)
+        if self.device.type != "cpu":  # where nothing is to be moved, even a call that finds that out waits for the interpreter's lock
+            images = images.to(self.device, non_blocking=True)
+        judged = live.network(images, threshold=live.threshold.value).cpu()
         expert, auxiliary = ([None if math.isnan(value) else value for value in values.tolist()] for values in (judged.expert, judged.auxiliary))
         columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), expert, auxiliary)
         return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]

@@ -39,7 +39,7 @@ from models.guard import Guard
 from models.lowering import folded
 from models.parallel import cpu_threads
 from models.preprocessing import Preprocessing
-from models.program import OnnxFlow, OnnxLook, Program, serving
+from models.program import OnnxFlow, Program, serving
 from models.trunk import tail_copy
 
 RECORD = Path(__file__).parent.parent / "results" / "engine.json"
@@ -188,7 +188,7 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
         "guarded_of_unguarded_traced": round(at[best]["guarded"]["of_unguarded"] / at[best]["unguarded_traced"]["of_unguarded"], 3),
         "attacked_of_naive": round(at[best]["guarded_all_attack"]["images_per_second"] / at[best]["naive"]["images_per_second"], 3),
         "batch_1_latency": round(at["1"]["guarded"]["p50_ms"] / at["1"]["unguarded"]["p50_ms"], 3) if "1" in at else None,
-        "runtime": "eager" if not isinstance(served, Program) else "onnxruntime" if isinstance(served.look, OnnxLook) else "torchscript",
+        "runtime": "eager" if not isinstance(served, Program) else "onnxruntime" if isinstance(served.flow, OnnxFlow) else "torchscript",
         "weights_of_suspect": round(weights(served) / weights(suspect), 3),
         "batches": at,
         "attacked_share": {name: way["of_unguarded"] for name, way in traffic.items() if name != "unguarded"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.guard import Guard
 from models.preprocessing import Preprocessing
-from models.program import OnnxLook, Program, fastest, programs, serving, without
+from models.program import OnnxFlow, Program, fastest, programs, serving, without
 from tests.untrained import PIXELS, TOLERANCE, untrained_guard, untrained_published_guard
 
 
@@ -25,7 +25,7 @@ def guard() -> Guard:
 def made(guard: Guard) -> dict[bool, Program]:
     """Both programs of the guard: the traced one, and that with ONNX Runtime."""
     mine = copy.deepcopy(guard)
-    return {isinstance(each.look, OnnxLook): each for each in programs(without(mine, mine.suspect), PIXELS[:8])}
+    return {isinstance(each.flow, OnnxFlow): each for each in programs(without(mine, mine.suspect), PIXELS[:8])}
 
 
 @pytest.mark.parametrize("onnx", [False, True])
@@ -59,9 +59,9 @@ def size(network: nn.Module) -> int:
 def test_no_network_is_held_twice(guard: Guard, made: dict[bool, Program]) -> None:
     most = size(guard.suspect) + size(guard.auxiliary) + size(guard.experts) + size(guard.distances)
     assert size(made[False]) <= most
-    look = made[True].look
-    assert isinstance(look, OnnxLook)
-    assert size(made[True]) + look.flow.nbytes <= most
+    flow = made[True].flow
+    assert isinstance(flow, OnnxFlow)
+    assert size(made[True]) + flow.nbytes <= most
     assert size(serving(copy.deepcopy(guard), PIXELS[:8])) <= most
 
 

@@ -97,7 +97,10 @@ class Candidates:
         whole = all(side == (size, size) for side in self.sides)  # nothing needs to be done
         if whole and size < LARGE:
             return [Preprocessing(size, size)]
-        resizes = [math.floor(size / ratio) for ratio in (RATIOS if whole or size < LARGE else reversed(RATIOS))]  # floor: timm's
+        # Where small images are enlarged, nothing of them is cut away; but labels would often speak for it: what a network knows it likes a little larger
+        # than it was shown it (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
+        ratios = RATIOS[:1] if size < LARGE and all(max(side) <= size for side in self.sides) else RATIOS if whole or size < LARGE else RATIOS[::-1]
+        resizes = [math.floor(size / ratio) for ratio in ratios]  # floor: timm's
         stretched = INTERPOLATIONS if any(width != height for width, height in self.sides) else ()
         kept = [Preprocessing(size, resize, how) for resize in resizes for how in INTERPOLATIONS if not (whole and resize == size and how == "bicubic")]
         found = kept + [Preprocessing(size, size, how, aspect="stretch") for how in stretched]

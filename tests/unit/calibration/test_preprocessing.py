@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from calibration.labels import check_labels
 from calibration.preprocessing import Finding, find_preprocessing
+from calibration.preprocessing.candidates import Candidates
 from calibration.preprocessing.search import AFFORDED
 from models import architectures
 from models.cifar import thin_resnet
@@ -170,6 +171,13 @@ def test_images_that_must_be_resized_are_resized_as_in_training() -> None:
     found = find_preprocessing(suspect(), large.__getitem__, range(len(large)), labels, (32,), CPU)
     assert (found.best.preprocessing.size, found.best.preprocessing.resize) == (32, 32)
     assert found.best.accuracy > 0.85
+
+
+@pytest.mark.parametrize(("side", "size", "cropped"), [(32, 96, False), (64, 96, False), (128, 96, True), (32, 224, True)])
+def test_small_images_that_are_enlarged_a_little_are_not_cropped(side: int, size: int, cropped: bool) -> None:
+    tried = Candidates((size,), [(side, side)] * 3, None).geometries(size)
+    assert any(each.resize > size for each in tried) is cropped
+    assert {each.interpolation for each in tried if each.resize == size} == {"bilinear", "bicubic"}
 
 
 def test_a_shuffled_class_order_is_reported_and_the_preprocessing_found_all_the_same() -> None:

@@ -26,8 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.abuse import test_checkpoint_abuse as checkpoints
-from tests.abuse.test_checkpoint_abuse import ARCHIVES, B1, FLOATS, GADGETS, HEAVY, LIES, SAFETENSORS, Payload, described, framed, packed, tensors_pickle
+from tests.abuse.hostile_checkpoints import ARCHIVES, B1, FLOATS, GADGETS, HEAVY, LIES, SAFETENSORS, Payload, described, framed, packed, patched, tensors_pickle
 from tests.abuse.test_clean_set_abuse import BOMB, FOREIGN, link, npz, parquet, raw_tensors, symlink_in_zip, tarred, tensors, twice_in_zip, zipped
 from tests.conftest import EXAMPLES
 from tests.support import encode, network
@@ -316,8 +315,8 @@ def a_tenth_poisoned() -> bytes:
 def two_directories() -> bytes:
     """The zip64 end record says one entry less than the short one."""
     data = entries(120)
-    data = checkpoints.patched(data, b"PK\5\6", 8, "<H", 120)
-    return checkpoints.patched(checkpoints.patched(data, b"PK\6\6", 24, "<Q", 119), b"PK\6\6", 32, "<Q", 119)
+    data = patched(data, b"PK\5\6", 8, "<H", 120)
+    return patched(patched(data, b"PK\6\6", 24, "<Q", 119), b"PK\6\6", 32, "<Q", 119)
 
 
 def devices() -> bytes:
@@ -326,7 +325,7 @@ def devices() -> bytes:
 
 def encrypted() -> bytes:
     data = good_clean_set()
-    return checkpoints.patched(data, b"PK\1\2", 8, "<H", 1, last=False)
+    return patched(data, b"PK\1\2", 8, "<H", 1, last=False)
 
 
 def arrays(images: np.ndarray | None = None, labels_: np.ndarray | None = None) -> bytes:

@@ -136,17 +136,17 @@ class Gated(nn.Module):
     def forward(self, values: list[Tensor], gate: float, ungated: bool) -> list[Tensor]:
         """What `Judgement` names. values: of `look`; gate: of what it finds suspicious; ungated: ask about every image."""
         seen = self.look(values)
-        log_known, cheap = seen[3], seen[5]
+        _, prediction, confidence, log_known, _, cheap = seen
         suspicious = cheap >= gate
         other, score = torch.full_like(cheap, math.nan), -cheap
         asked = torch.nonzero(suspicious | ungated).squeeze(1)
         if len(asked) > 0:
-            answered = self.ask([each[asked] for each in seen])
-            other[asked] = answered[0].exp()
-            score[asked] = torch.where(suspicious[asked], answered[1], score[asked])
+            log_other, complete = self.ask([each[asked] for each in seen])
+            other[asked] = log_other.exp()
+            score[asked] = torch.where(suspicious[asked], complete, score[asked])
         known = log_known.exp()
         expert, auxiliary = (known, other) if self.experts_first else (other, known)
-        return [seen[1], seen[2], expert, auxiliary, score]
+        return [prediction, confidence, expert, auxiliary, score]
 
 
 def answer(logits: Tensor) -> tuple[Tensor, Tensor]:

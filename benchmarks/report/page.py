@@ -102,7 +102,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         "",
         "`auto` changed since most of its records were made: it has two experts instead of three, asks its auxiliary about 3% of clean images instead of",
         "a tenth, and trains it for six epochs instead of ten. The records of ResNet-20, ResNet-10-T, ConvNeXt, MobileNetV3, the ViT of 32x32 images, the",
-        "promise and small clean sets are of the new `auto`, and 16 of the 20 of canaries; the others are older. Of another ResNet-10-T, whose backdoor",
+        "promise and small clean sets are of the new `auto`, and 16 of the 20 of the canaries; the others are older. Of another ResNet-10-T, whose backdoor",
         "works on 90% of images only, the new `auto` caught 88% of those that it works on; and of MobileNetV3's images 90% while the preprocessing was found",
         "to crop what it does not: small images that are enlarged a little are no longer tried with a crop. Neither record is kept.",
         "",

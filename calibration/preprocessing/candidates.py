@@ -34,7 +34,7 @@ DATA_SETS: dict[str, tuple[Triple, Triple]] = {
 RARER = ("gtsrb-full", "tiny-imagenet-pixel")  # of two figures for one data set, too close to each other to be told apart
 OWN = "the clean set's own"
 COARSE = ("none", "half", "imagenet", "byte", "byte-mean bgr")
-RATIOS = (1.0, 0.95, 0.9, 0.875)  # side of the crop over the shorter side
+RATIOS: Sequence[float] = (1.0, 0.95, 0.9, 0.875)  # side of the crop over the shorter side
 LARGE = 160  # side from which on a crop of 0.875 is the usual one
 INTERPOLATIONS: tuple[Literal["bilinear"], Literal["bicubic"]] = ("bilinear", "bicubic")
 
@@ -95,11 +95,11 @@ class Candidates:
     def geometries(self, size: int) -> list[Preprocessing]:
         """Ways to make a square of this side, the usual one first."""
         whole = all(side == (size, size) for side in self.sides)  # nothing needs to be done
-        if whole and size < LARGE:
-            return [Preprocessing(size, size)]
-        # Where small images are enlarged, nothing of them is cut away; but labels would often speak for it: what a network knows it likes a little larger
-        # than it was shown it (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
-        ratios = RATIOS[:1] if size < LARGE and all(max(side) <= size for side in self.sides) else RATIOS if whole or size < LARGE else RATIOS[::-1]
+        ratios = RATIOS if size < LARGE or whole else RATIOS[::-1]
+        if size < LARGE and all(max(side) <= size for side in self.sides):
+            # Nothing is cut away of what is enlarged; but labels would often speak for it: what a network knows it likes a little larger than it was shown
+            # it (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
+            ratios = RATIOS[:1]
         resizes = [math.floor(size / ratio) for ratio in ratios]  # floor: timm's
         stretched = INTERPOLATIONS if any(width != height for width, height in self.sides) else ()
         kept = [Preprocessing(size, resize, how) for resize in resizes for how in INTERPOLATIONS if not (whole and resize == size and how == "bicubic")]

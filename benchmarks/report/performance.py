@@ -251,7 +251,7 @@ def over_http(record: Record) -> list[str]:
         *("", f"## Over HTTP, {record['hardware']}", ""),
         "`python -m benchmarks.serving.http`: the example suspect, 32x32 PNGs, an open-loop load with times from when a request was due. The knee is the",
         "highest rate of which 99% are answered, right and within 100 ms; in the storm five times as much is sent, and what is answered within a second",
-        "counts. The load is made on the same cores. mosec and LitServe run once with one worker and once with one a core.",
+        "counts. The load is made on the same cores. mosec and LitServe run with one worker, and with one a core.",
         "",
         row("server", "what it serves", "workers", "knee, images/s", "p50 / p99 there, ms", "goodput in the storm, images/s", "of its knee"),
         row(*["---"] * 7),
@@ -267,8 +267,16 @@ def over_http(record: Record) -> list[str]:
         "",
         f"Our service carries {record['of_best_naive']:.2f} times what the best of the others carries with the naive guard, and",
         f"{record['of_best_alone']:.2f} times what the best of them carries with the suspect alone. Asked nothing, it takes {idle:.1%} of a core.",
+        *by_round(record["servers"]),
         "",
     ]
+
+
+def by_round(servers: Sequence[Record]) -> list[str]:
+    """What is to be said of those that were measured more than once."""
+    again = [each for each in servers if len(each.get("knees", ())) > 1]
+    knees = [f"{SERVERS[each['name']]} ({SERVED[each['way']]}) {', '.join(f'{knee:.0f}' for knee in each['knees'])}" for each in again]
+    return [f"All figures of these are medians of rounds, turn by turn, and of the others of the first. Knees by round: {'; '.join(knees)}."] if knees else []
 
 
 def _beside(record: Record) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 
-from benchmarks.serving.http import compared
+from benchmarks.serving.http import Contender, compared, leading, settled
 from benchmarks.serving.load import Seen, load, request
 
 
@@ -61,7 +62,26 @@ def test_what_is_no_answer_is_counted_apart() -> None:
     assert seen.percentile(0.99) == float("inf")
 
 
-def test_ratios_are_of_the_best_peer() -> None:
-    rates = [("guard", 300.0), ("naive", 100.0), ("naive", 150.0), ("alone", 400.0)]
-    assert compared([{"way": way, "knee": knee} for way, knee in rates]) == {"of_best_naive": 2.0, "of_best_alone": 0.75}
-    assert compared([{"way": "guard", "knee": 300.0}]) == {}
+def run(way: str, knee: float, *, workers: int = 1, storm_share: float | None = 0.5) -> dict[str, Any]:
+    return {"way": way, "workers": workers, "knee": knee, "p50_ms": 30.0, "storm_share": storm_share}
+
+
+def test_ratios_are_of_the_best_peer_in_the_same_round() -> None:
+    guard = settled([run("guard", 300.0), run("guard", 500.0), run("guard", 200.0)])
+    alone = settled([run("alone", 400.0), run("alone", 500.0), run("alone", 400.0)])
+    others = [settled([run("naive", knee)]) for knee in (100.0, 150.0)]
+    assert compared([guard, alone, *others]) == {"of_best_naive": 2.0, "of_best_alone": 0.75}
+    assert compared([guard]) == {}
+    assert compared([guard, settled([run("alone", 0.0)])]) == {}  # a peer that carries nothing is no measure
+
+
+def test_rounds_are_told_by_their_medians() -> None:
+    found = settled([run("guard", 300.0, storm_share=None), run("guard", 500.0, storm_share=0.9), run("guard", 400.0, storm_share=1.0)])
+    assert found == {**run("guard", 400.0, storm_share=0.9), "knees": [300.0, 500.0, 400.0]}
+    assert settled([run("guard", 0.0, storm_share=None)])["storm_share"] is None
+
+
+def test_of_each_way_the_best_of_the_first_round_runs_again() -> None:
+    one, two, other, guard = (Contender(*each) for each in (("a", "alone", 1), ("a", "alone", 2), ("b", "naive", 1), ("us", "guard", 1)))
+    runs = {guard: [run("guard", 1.0)], one: [run("alone", 5.0), run("alone", 0.0)], two: [run("alone", 4.0)], other: [run("naive", 0.0)]}
+    assert leading(runs) == [guard, one, other]

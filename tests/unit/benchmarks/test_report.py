@@ -13,7 +13,7 @@ from benchmarks.readme import README
 from benchmarks.report.__main__ import PAGE, PERFORMANCE, README_SCALE, readme
 from benchmarks.report.cells import bootstrap, cells, tpr
 from benchmarks.report.page import attempts, left_out, not_evaluated, page
-from benchmarks.report.performance import over_http, performance, read_http
+from benchmarks.report.performance import by_round, over_http, performance, read_http
 from benchmarks.report.performance import read as engine_records
 from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 from benchmarks.report.tuning import canaries as section
@@ -203,3 +203,6 @@ def test_servers_stand_beside_one_another() -> None:
     assert "| ours | guard | 1 | 144 | 30 / 68 | 62 | - |" in lines
     assert "| mosec | naive guard | 2 | 144 | 30 / 68 | 62 | 0.44 |" in lines
     assert "0.94 times what the best of them carries with the suspect alone. Asked nothing, it takes 0.2% of a core." in lines
+    assert by_round([ours, server]) == []  # as before there were rounds
+    (said,) = by_round([{**ours, "knees": [300.0, 400.0]}, {**server, "knees": [143.8]}])
+    assert said.endswith("Knees by round: ours (guard) 300, 400.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,3 +36,14 @@ def training_threads(network: nn.Module, size: int) -> int:
         return threads
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested levels the outermost
     return min(MOST_FOR_SMALL, max(1, int(asked)) if asked.strip().isdigit() else len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Within the block the calling thread computes with so many; other threads, and it afterwards, as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from models.guard import Gated, Guard, Judgement, Order, Seen
+from models.parallel import computing_with
 from models.trunk import CannotCut, trace
 
 TOLERANCE = 1e-5
@@ -99,12 +100,13 @@ def serving(guard: Guard, images: Tensor, threads: int = 1) -> nn.Module:
     images: uint8 [N, 3, size, size] on the guard's device; a program has to judge them as the guard does. threads: of a forward on a CPU.
     """
     lean = without(guard, guard.suspect)
-    found = programs(lean, images, threads) if images.device.type == "cpu" else []  # a GPU waits for launches, not for the interpreter
-    candidates: list[nn.Module] = [*found] or [lean]
-    for served in candidates:
-        for batch in (images[:1], images):  # the first forwards of a network are slow: not a caller's time
-            served(batch, ungated=True)
-    return fastest(candidates, images) if len(candidates) > 1 else candidates[0]
+    with computing_with(threads):  # as it will serve: what is faster with one thread need not be with two
+        found = programs(lean, images, threads) if images.device.type == "cpu" else []  # a GPU waits for launches, not for the interpreter
+        candidates: list[nn.Module] = [*found] or [lean]
+        for served in candidates:
+            for batch in (images[:1], images):  # the first forwards of a network are slow: not a caller's time
+                served(batch, ungated=True)
+        return fastest(candidates, images) if len(candidates) > 1 else candidates[0]
 
 
 def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from models import program
 from models.guard import Guard
+from models.parallel import computing_with
 from models.preprocessing import Preprocessing
 from models.program import OnnxFlow, Program, fastest, programs, serving, without
 from tests.untrained import PIXELS, TOLERANCE, untrained_guard, untrained_published_guard
@@ -46,8 +49,8 @@ def test_a_program_of_the_published_score_leaves_out_the_same_experts(threshold:
     found = programs(without(published, published.suspect), PIXELS[:8])
     assert len(found) == 2
     its = published(PIXELS, threshold=threshold)
-    for program in found:
-        mine = program(PIXELS, threshold=threshold)
+    for each in found:
+        mine = each(PIXELS, threshold=threshold)
         for name, value in vars(its).items():
             torch.testing.assert_close(getattr(mine, name), value, **TOLERANCE, equal_nan=True)
 
@@ -128,3 +131,17 @@ class Sized(nn.Module):
 def test_what_is_a_little_slower_at_one_batch_and_much_faster_at_others_is_taken() -> None:
     even, steep = Sized({1: 0.002, 8: 0.012, 32: 0.02}), Sized({1: 0.01, 8: 0.01, 32: 0.04})
     assert fastest([steep, even], PIXELS[:8]) is even
+
+
+def test_programs_are_compared_with_as_many_threads_as_will_serve(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def look(candidates: Sequence[nn.Module], images: Tensor) -> nn.Module:
+        seen.append(torch.get_num_threads())
+        return candidates[0]
+
+    monkeypatch.setattr(program, "fastest", look)
+    with computing_with(3):  # as many as a thread finds that loads a bundle
+        serving(copy.deepcopy(guard), PIXELS[:8], threads=2)
+        assert torch.get_num_threads() == 3
+    assert seen == [2]

@@ -28,7 +28,7 @@ INTRODUCTION = """# Performance
 Written by `python -m benchmarks.report` from `benchmarks/results/engine.json`, which `python -m benchmarks.serving.engine --record` makes; a test checks that
 they agree. Side by side in one process, turn by turn: the suspect without a guard, our guard on clean images, our guard where every image reaches the gate
 (an attacker who sends nothing else), and the naive guard of three whole networks for every image. Shares are of what the unguarded network does in the
-same time, over all rounds (the records of GPUs, of CPUs with AMX and over HTTP are older: of the median round, with three experts, and with a gate at a tenth).
+same time, over all rounds (the records of GPUs and of CPUs with AMX are older: of the median round, with three experts, and with a gate at a tenth).
 The unguarded network runs as PyTorch runs it, in float32; how it does when it is served like our guard, with norms folded and traced, stands beside it.
 
 ## What was tried
@@ -38,9 +38,9 @@ The unguarded network runs as PyTorch runs it, in float32; how it does when it i
 What limits it. On a CPU the convolutions of suspect and experts: the interpreter has little part in it since a guard is served as a program
 ([decision 11](decisions/0011-what-serves-is-a-program-of-the-guard.md)). On a GPU with small networks or small batches it is the launches of kernels: the guard
 makes three times as many as the suspect alone, and until the batch fills the card each takes the same time whatever it computes, so that the guard is no faster
-than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 3.6 ms of CPU time a request
-on two cores with AVX2, at 450 images/s, the event loop takes 1.0, decoding of small images included, the networks the rest; with AMX, where networks are
-several times as fast, the loop took a quarter.
+than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 3.0 ms of CPU time a request
+on two cores with AVX2, at 500 images/s, the event loop takes .9, decoding of small images included, the networks the rest; that is 1.5 cores, and what
+is left goes into waiting for one another. With AMX, where networks are several times as fast, the loop took a quarter.
 """
 
 # (change, what was predicted of the share of the unguarded rate, what came out on two cores, verdict)
@@ -115,7 +115,7 @@ TRIED = [
         "the event loop gives way to the threads that judge (niceness 10)",
         "not predicted",
         "of 2,500 images/s 165 to 200 answered in time a second, at niceness 5 250 to 330, at 10 350 to 380, "
-        "later 150 to 360; of 2,000 images/s 431 before and 427 after (AVX2)",
+        "later 150 to 360; of 2,000 images/s 431 before and 427 after; of 430 images/s 99% within 96 and 103 ms before, 75 and 129 after (AVX2)",
         "kept",
     ),
     (
@@ -212,6 +212,19 @@ TRIED = [
         "not taken",
     ),
     (
+        "a batch takes its part of what waits for all slots, also while others are busy, so that the next slot finds some",
+        "of 500 images/s 99% within 80 ms instead of 100",
+        "within 92 and 110 ms, with at least 4 at once 103 and 140, without it within 113 and 118 (AVX2)",
+        "not taken: the prediction was wrong",
+    ),
+    (
+        "programs are compared with as many threads as will serve",
+        "not predicted",
+        "a server's thread that loads a bundle computes with all cores: TorchScript was taken in five of five, with one thread ONNX Runtime in five of five; "
+        "2.5 to 2.0 ms of CPU time an image in batches of 6 and 7 over HTTP (ResNet-20, AVX2)",
+        "kept: what was measured over HTTP since there is this choice was of the slower program",
+    ),
+    (
         "ReLU and residual sum inside oneDNN's convolution, for experts and auxiliary",
         "auxiliary 22 to 14 ms for 13 images",
         "a convolution with ReLU .71 to 1.06 ms, in one .71 to 1.07 (13 images, one thread; AVX2)",
@@ -220,7 +233,8 @@ TRIED = [
     (
         "torchvision's decoder for small PNGs",
         "not predicted",
-        "0.16 to 0.20 ms an image by Pillow, 0.07 to 0.11 by libpng (AVX2)",
+        "0.16 to 0.20 ms an image by Pillow, 0.07 to 0.11 by libpng; the event loop .84 to .97 ms a request before, .72 to .93 after; "
+        "of 560 images/s 99% within 172 and 490 ms before, 96 and 324 after (AVX2)",
         "not taken: a fortieth of a request's time, for a second parser of hostile files",
     ),
     (

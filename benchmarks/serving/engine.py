@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from models.trunk import tail_copy
 
 RECORD = Path(__file__).parent.parent / "results" / "engine.json"
 BATCHES = (1, 8, 32, 128, 512)
+LONGEST = 60.0  # seconds of one batch size, after which no larger one is tried: on a CPU they take a large network minutes, and are no faster
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the traffic, attacked
 DETECTORS_BATCH = 8  # STRIP looks at each image 33 times
 REAL = Suspect("cifar10", "resnet20", "badnet")
@@ -154,8 +156,8 @@ def weights(network: nn.Module) -> int:
     return sum([*own.values(), *elsewhere])
 
 
-def run(architecture: str, device: torch.device, batches: tuple[int, ...], seconds: float) -> dict[str, Any]:
-    """The record of one architecture."""
+def run(architecture: str, device: torch.device, batches: tuple[int, ...], seconds: float, longest: float = math.inf) -> dict[str, Any]:
+    """The record of one architecture; longest: seconds of a batch size after which no further one is measured."""
     guard, pixels, caught = real(device) if architecture == REAL.architecture else untrained(architecture, device)
     guard = guard.to(device)
     if device.type == "cpu":
@@ -172,7 +174,12 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
         "guarded_all_attack": lambda images: served(images, ungated=True),
         "naive": Naive(suspect, preprocessing),
     }
-    at = {str(batch): measure(ways, pixels, batch, seconds, device) for batch in batches}
+    at: dict[str, Any] = {}
+    for batch in batches:
+        began = time.perf_counter()
+        at[str(batch)] = measure(ways, pixels, batch, seconds, device)
+        if time.perf_counter() - began > longest:
+            break
     best = max(at, key=lambda batch: at[batch]["unguarded"]["images_per_second"])
     few = pixels[:512].to(device)
     usual = {name: ways[name] for name in ("unguarded", "naive")}
@@ -202,7 +209,8 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", action="append", help="may be repeated, and end in @64 for images of another size (default: resnet20, resnet18)")
-    parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=BATCHES)
+    usual = f"default: {', '.join(map(str, BATCHES))}, up to the first that takes longer than a minute"
+    parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), help=usual)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each way of each batch size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print whole records")
@@ -210,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     found = []
     for architecture in args.architecture or ["resnet20", "resnet18"]:
-        record = run(architecture, torch.device(args.device), args.batches, args.seconds)
+        record = run(architecture, torch.device(args.device), args.batches or BATCHES, args.seconds, math.inf if args.batches else LONGEST)
         found.append(record)
         print(json.dumps(record if args.json else {key: value for key, value in record.items() if key != "batches"}), flush=True)
     if args.record:

@@ -290,7 +290,7 @@ def by_round(servers: Sequence[Record]) -> list[str]:
     """What is to be said of those that were measured more than once."""
     again = [each for each in servers if len(each.get("knees", ())) > 1]
     knees = [f"{SERVERS[each['name']]} ({SERVED[each['way']]}) {', '.join(f'{knee:.0f}' for knee in each['knees'])}" for each in again]
-    return [f"All figures of these are medians of rounds, turn by turn, and of the others of the first. Knees by round: {'; '.join(knees)}."] if knees else []
+    return [f"Measured in every round, turn by turn, and told by the medians, the others in the first alone: {'; '.join(knees)} images/s."] if knees else []
 
 
 def _beside(record: Record) -> list[str]:

@@ -205,4 +205,4 @@ def test_servers_stand_beside_one_another() -> None:
     assert "0.94 times what the best of them carries with the suspect alone. Asked nothing, it takes 0.2% of a core." in lines
     assert by_round([ours, server]) == []  # as before there were rounds
     (said,) = by_round([{**ours, "knees": [300.0, 400.0]}, {**server, "knees": [143.8]}])
-    assert said.endswith("Knees by round: ours (guard) 300, 400.")
+    assert said.endswith(": ours (guard) 300, 400 images/s.")

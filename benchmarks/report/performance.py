@@ -222,7 +222,7 @@ TRIED = [
         "not predicted",
         "a server's thread that loads a bundle computes with all cores: TorchScript was taken in five of five, with one thread ONNX Runtime in five of five; "
         "2.5 to 2.0 ms of CPU time an image in batches of 6 and 7 over HTTP (ResNet-20, AVX2)",
-        "kept: what was measured over HTTP since there is this choice was of the slower program",
+        "kept: what was measured over HTTP since there is this choice was, by these counts, of the slower program",
     ),
     (
         "ReLU and residual sum inside oneDNN's convolution, for experts and auxiliary",

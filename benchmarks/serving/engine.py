@@ -45,7 +45,7 @@ from models.trunk import tail_copy
 
 RECORD = Path(__file__).parent.parent / "results" / "engine.json"
 BATCHES = (1, 8, 32, 128, 512)
-LONGEST = 60.0  # seconds of one batch size, after which no larger one is tried: on a CPU they take a large network minutes, and are no faster
+LONGEST = 60.0  # seconds of one batch size, after which no larger one is tried: on a CPU they take a large network many minutes
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the traffic, attacked
 DETECTORS_BATCH = 8  # STRIP looks at each image 33 times
 REAL = Suspect("cifar10", "resnet20", "badnet")

@@ -62,8 +62,8 @@ def test_what_is_no_answer_is_counted_apart() -> None:
     assert seen.percentile(0.99) == float("inf")
 
 
-def run(way: str, knee: float, *, workers: int = 1, storm_share: float | None = 0.5) -> dict[str, Any]:
-    return {"way": way, "workers": workers, "knee": knee, "p50_ms": 30.0, "storm_share": storm_share}
+def run(way: str, knee: float, *, storm_share: float | None = 0.5) -> dict[str, Any]:
+    return {"way": way, "knee": knee, "p50_ms": 30.0, "storm_share": storm_share}
 
 
 def test_ratios_are_of_the_best_peer_in_the_same_round() -> None:

@@ -76,12 +76,6 @@ def _caught(guard: Guard, material: Material, images: torch.Tensor, wanted: torc
     return round((judged.score[fooled] < threshold.value).double().mean().item(), 4)
 
 
-def read_records() -> list[dict[str, Any]]:
-    """What was measured."""
-    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.canaries", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=["all", *DATASETS], default="all")
@@ -102,8 +96,7 @@ def main() -> None:
         for record in each_of(partial(measure, device=torch.device(args.device), zoo=args.zoo), suspects):
             print(json.dumps(record), flush=True)
             if not args.json:
-                known = [each for each in read_records() if each["suspect"] != record["suspect"]]
-                RESULTS.write_text(json.dumps(sorted([*known, record], key=lambda each: each["suspect"]), indent=1) + "\n")
+                records.enlist(RESULTS, [record], "suspect")
 
 
 if __name__ == "__main__":

@@ -62,12 +62,6 @@ def measure(which: Suspect, size: int, device: torch.device, zoo: Path = ROOT) -
     return {**record, "validation": found["validation_images"], **shown, "seconds": round(time.monotonic() - began, 1)}
 
 
-def read() -> list[dict[str, Any]]:
-    """What was measured."""
-    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,8 +71,7 @@ def main() -> None:
         record = measure(Suspect(dataset, "resnet20", attack), size, torch.device(args.device))
         print(json.dumps(record), flush=True)
         if not args.json:
-            known = [each for each in read() if (each["suspect"], each["images"]) != (record["suspect"], size)]
-            RESULTS.write_text(json.dumps(sorted([*known, record], key=lambda each: (each["suspect"], each["images"])), indent=1) + "\n")
+            records.enlist(RESULTS, [record], "suspect", "images")
 
 
 if __name__ == "__main__":

@@ -76,16 +76,9 @@ def main() -> None:
     if args.json:
         print(json.dumps(record, indent=1))
         return
-    known = [each for each in read() if (each["suspect"], each["preset"]) != (record["suspect"], record["preset"])]
-    RESULTS.write_text(json.dumps(sorted([*known, record], key=lambda each: (each["suspect"], each["preset"])), indent=1) + "\n")
+    records.enlist(RESULTS, [record], "suspect", "preset")
     for each in record["found"]:
         print(json.dumps(each))
-
-
-def read() -> list[dict[str, Any]]:
-    """What was measured."""
-    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return found
 
 
 if __name__ == "__main__":

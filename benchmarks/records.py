@@ -1,4 +1,7 @@
-"""What was measured: one JSON object a line, a file for each suspect, below results/evaluation. Nothing else is a source of figures in README and docs."""
+"""What was measured: one JSON object a line, a file for each suspect, below results/evaluation; what is not of a suspect and a detector alone, in lists.
+
+Nothing else is a source of figures in README and docs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,22 @@ def recorded(record: Record, root: Path = RESULTS) -> Record | None:
     path = path_of(record, root)
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return next((each for each in known if key(each) == key(record)), None)
+
+
+def listed(path: Path) -> list[Record]:
+    """A list of records; empty where nothing was recorded yet."""
+    found: list[Record] = json.loads(path.read_text()) if path.exists() else []
+    return found
+
+
+def enlist(path: Path, found: Sequence[Record], *names: str) -> None:
+    """Write records into a list, each in place of an earlier one that says the same under `names`, by which the list is sorted."""
+
+    def cell(record: Record) -> tuple[Any, ...]:
+        return tuple(record[name] for name in names)
+
+    kept = {cell(each): each for each in (*listed(path), *found)}
+    path.write_text(json.dumps([kept[each] for each in sorted(kept)], indent=1) + "\n")
 
 
 def circumstances(device: torch.device) -> dict[str, str]:

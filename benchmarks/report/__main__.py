@@ -12,10 +12,10 @@ from benchmarks.detectors import PRESETS
 from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
 from benchmarks.report.page import page, summary
-from benchmarks.report.performance import performance, read_http
-from benchmarks.report.performance import read as engine_records
+from benchmarks.report.performance import performance
 from benchmarks.report.plots import confidences, costs, curves, heat
 from benchmarks.report.tables import table_of_detectors, table_of_scales, weak
+from benchmarks.serving import engine, http
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE, PERFORMANCE, PLOTS = DOCS / "results.md", DOCS / "performance.md", DOCS / "plots"
@@ -28,12 +28,21 @@ def readme(text: str, found: Sequence[records.Record]) -> str:
     return filled(filled(text, SOURCE, table_of_detectors(cells(found, README_SCALE))), BY_NETWORK, table_of_scales(found))
 
 
+def texts(readme_now: str) -> dict[Path, str]:
+    """All that is text: what each file is by the records, whatever it says now (of the README that which is not a table stays)."""
+    found, listed = records.read(), records.listed
+    return {
+        PAGE: page(found, zoo.records(), listed(promise.RESULTS), listed(canaries.RESULTS), listed(few_images.RESULTS)),
+        PERFORMANCE: performance(listed(engine.RECORD), listed(http.RECORD)),
+        README: readme(readme_now, found),
+    }
+
+
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
-    PAGE.write_text(page(found, zoo.records(), promise.read(), canaries.read_records(), few_images.read()))
-    PERFORMANCE.write_text(performance(engine_records(), read_http()))
-    README.write_text(readme(README.read_text(), found))
+    for path, text in texts(README.read_text()).items():
+        path.write_text(text)
     PLOTS.mkdir(exist_ok=True)
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))

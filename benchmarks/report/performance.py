@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from benchmarks.detectors.scale_up import ScaleUp
 from benchmarks.detectors.strip import Strip
 from benchmarks.records import Record
 from benchmarks.report.tables import row
-from benchmarks.serving.engine import RECORD
-from benchmarks.serving.http import RECORD as HTTP
 
 SERVERS = {"badexpert": "ours", "mosec": "mosec", "litserve": "LitServe"}
 SERVED = {"guard": "guard", "naive": "naive guard", "alone": "suspect alone"}
@@ -247,18 +244,6 @@ TRIED = [
 ]
 
 
-def read() -> list[Record]:
-    """The engine's records, if there are any."""
-    found: list[Record] = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    return found
-
-
-def read_http() -> Record | None:
-    """The record of whole servers, if there is one."""
-    found: Record | None = json.loads(HTTP.read_text()) if HTTP.exists() else None
-    return found
-
-
 def over_http(record: Record) -> list[str]:
     """The section on whole servers."""
     lines = [
@@ -307,7 +292,7 @@ def _beside(record: Record) -> list[str]:
     ]
 
 
-def performance(found: Sequence[Record], http: Record | None = None) -> str:
+def performance(found: Sequence[Record], http: Sequence[Record] = ()) -> str:
     """docs/performance.md, from the records of the engine and of whole servers."""
     tried = [row("change", "predicted", "measured, share of the unguarded rate", "verdict"), row(*["---"] * 4), *(row(*each) for each in TRIED)]
     lines = [INTRODUCTION.format(tried="\n".join(tried))]
@@ -339,6 +324,6 @@ def performance(found: Sequence[Record], http: Record | None = None) -> str:
                 )
             )
         lines += ["", *_beside(record)]
-    if http is not None:
-        lines[-1:] = [*over_http(http)]
+    for record in http:
+        lines[-1:] = over_http(record)
     return "\n".join(lines)

@@ -222,14 +222,7 @@ def main() -> None:
         found.append(record)
         print(json.dumps(record if args.json else {key: value for key, value in record.items() if key != "batches"}), flush=True)
     if args.record:
-        known = json.loads(RECORD.read_text()) if RECORD.exists() else []
-        new = {_cell(record) for record in found}
-        RECORD.write_text(json.dumps([*(each for each in known if _cell(each) not in new), *found], indent=1) + "\n")
-
-
-def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes a record take another's place."""
-    return tuple(record[name] for name in ("architecture", "size", "hardware"))
+        records.enlist(RECORD, found, "architecture", "size", "hardware")
 
 
 if __name__ == "__main__":

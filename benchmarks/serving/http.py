@@ -7,7 +7,7 @@ no more than the minute in which it was found. The peers need environments of th
 
     python -m benchmarks.serving.http --install .peers
 
-`--record` writes benchmarks/results/http.json.
+`--record` writes benchmarks/results/http.json, where each machine has one record.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often ours and the best peers are measured")
     parser.add_argument("--only", action="append", help="guard, mosec or litserve; may be repeated")
     parser.add_argument("--json", action="store_true", help="the whole record")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/http.json")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/http.json, in place of an earlier one on the same hardware")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds: at least one")
@@ -201,7 +201,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(record, indent=1))
     if args.record:
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        records.enlist(RECORD, [record], "hardware")
 
 
 def leading(runs: Mapping[Contender, Sequence[Mapping[str, Any]]]) -> list[Contender]:

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import canaries, few_images, promise, records, zoo
+from benchmarks import records
 from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README
-from benchmarks.report.__main__ import PAGE, PERFORMANCE, README_SCALE, readme
+from benchmarks.report.__main__ import README_SCALE, texts
 from benchmarks.report.cells import bootstrap, cells, tpr
-from benchmarks.report.page import attempts, left_out, not_evaluated, page
-from benchmarks.report.performance import by_round, over_http, performance, read_http
-from benchmarks.report.performance import read as engine_records
+from benchmarks.report.page import attempts, left_out, not_evaluated
+from benchmarks.report.performance import by_round, over_http
 from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 from benchmarks.report.tuning import canaries as section
 from benchmarks.report.tuning import chosen_within
@@ -29,16 +28,9 @@ def record(attack: str, detector: str, value: float, seed: int = 0, gated: bool 
     return {**about, "auroc": value, "auroc_masked": value, "at": {"0.01": at, "0.05": at}, "passes": 1, "milliseconds": 1.0, "fit_seconds": 1.0}
 
 
-def test_the_page_is_written_from_the_records() -> None:
-    assert PAGE.read_text() == page(records.read(), zoo.records(), promise.read(), canaries.read_records(), few_images.read())
-
-
-def test_the_page_of_performance_is_written_from_the_records() -> None:
-    assert PERFORMANCE.read_text() == performance(engine_records(), read_http())
-
-
-def test_the_readmes_table_is_the_records() -> None:
-    assert readme(README.read_text(), records.read()) == README.read_text()
+def test_pages_and_the_readmes_tables_are_written_from_the_records() -> None:
+    for path, text in texts(README.read_text()).items():
+        assert path.read_text() == text, path.name
 
 
 def test_rows_are_means_over_seeds_of_suspects_that_pass_the_gate() -> None:
@@ -116,6 +108,14 @@ def test_a_record_replaces_that_of_its_cell_alone(tmp_path: Any) -> None:
     assert sorted((each["detector"], each["auroc"]) for each in records.read(tmp_path)) == [("auto", 0.8), ("paper", 0.7)]
     assert records.recorded(record("badnet", "paper", 0.0), tmp_path)["auroc"] == 0.7  # type: ignore[index]
     assert records.recorded(record("badnet", "paper", 0.0, seed=1), tmp_path) is None
+
+
+def test_a_list_keeps_one_record_of_a_cell_the_later_one_in_the_order_of_cells(tmp_path: Any) -> None:
+    path = tmp_path / "list.json"
+    assert records.listed(path) == []
+    records.enlist(path, [{"network": "b", "size": 64, "rate": 1}, {"network": "b", "size": 8, "rate": 2}], "network", "size")
+    records.enlist(path, [{"network": "a", "size": 8, "rate": 3}, {"network": "b", "size": 64, "rate": 4}], "network", "size")
+    assert [(each["network"], each["size"], each["rate"]) for each in records.listed(path)] == [("a", 8, 3), ("b", 8, 2), ("b", 64, 4)]
 
 
 def test_where_another_detector_is_ahead_is_told_by_attack() -> None:

@@ -106,7 +106,7 @@ def test_a_forwarded_prediction_is_exactly_the_suspects_own(calibrated: tuple[Pa
 
 
 def test_a_calibration_that_was_stopped_goes_on_and_gives_the_same_bundle_byte_for_byte(
-    calibrated: tuple[Path, Result], small_clean_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: tuple[Path, Result], unfinished: Path, small_clean_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_dir, first = calibrated
     config, inputs, registry = CalibrationConfig(name="planes", target_fpr=0.05), Inputs(BADNET, small_clean_set), Registry(tmp_path / "guards")
@@ -115,14 +115,14 @@ def test_a_calibration_that_was_stopped_goes_on_and_gives_the_same_bundle_byte_f
         if progress.stage == "threshold":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(config, inputs, registry, CPU, stop, unfinished=tmp_path / "unfinished")
-    assert not registry.versions("planes")
     for training in ("workshop.train_tails", "workshop.train_auxiliary", "search.plant"):
         monkeypatch.setattr(f"calibration.{training}", None)  # none is made again
-    second = calibrate(config, inputs, registry, CPU, unfinished=tmp_path / "unfinished")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config, inputs, registry, CPU, stop, unfinished=unfinished)
+    assert not registry.versions("planes")
+    second = calibrate(config, inputs, registry, CPU, unfinished=unfinished)
     assert second.report["resumed"] == ["canaries", "expert", "auxiliary"]
-    assert not (tmp_path / "unfinished").exists()
+    assert not unfinished.exists()
     assert second.bundle_id == first.bundle_id
     assert {key: second.report[key] for key in ("settings", "expert_steps", "promise", "canaries", "search")} == {
         key: first.report[key] for key in ("settings", "expert_steps", "promise", "canaries", "search")
@@ -220,11 +220,12 @@ def test_the_example_clean_set_is_two_thousand_images_of_ten_classes() -> None:
 
 
 def test_a_validation_set_of_its_own_sets_the_threshold_alone(small_clean_set: Path, tmp_path: Path) -> None:
+    few = part_of(small_clean_set, "", tmp_path / "clean.zip", 4)
     others = tmp_path / "validation.zip"
     with zipfile.ZipFile(EXAMPLES / "clean_set.zip") as whole, zipfile.ZipFile(others, "w") as part:
         for name in sorted(whole.namelist())[1::10]:
             part.writestr(name, whole.read(name))
-    inputs = Inputs(BADNET, small_clean_set, others)
+    inputs = Inputs(BADNET, few, others)
     report = calibrate(CalibrationConfig(name="planes", preset="paper"), inputs, Registry(tmp_path / "guards"), CPU).report
-    assert report["images"] == {"fit": 400, "held_back": 0, "validation": 200}
+    assert report["images"] == {"fit": 100, "held_back": 0, "validation": 200}
     assert report["promise"]["n"] == 200

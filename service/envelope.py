@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -25,7 +26,10 @@ log = structlog.get_logger()
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
 _PREDICT = re.compile(r"/v1/guards/(?P<guard>[^/]+)/(?P<call>predict|predict-batch)")
+_PREDICT_URL = re.compile(rb"/v1/guards/[^/?#%]+/(predict|predict-batch)")
 _PLACE = "the-request-id"
+Headers = Sequence[tuple[bytes, bytes]]
+Refusal = tuple[Headers, bytes]  # headers and body of a 429
 
 
 @dataclass
@@ -37,9 +41,9 @@ class Health:
     unavailable: dict[str, str] = field(default_factory=dict)  # guards whose active version could not be loaded, and why
 
 
-def request_id_of(scope: Scope) -> str:
+def request_id_of(headers: Headers) -> str:
     """The caller's own, where it is one, or a new one: no secret, and the kernel's randomness would cost a wait for the interpreter's lock."""
-    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+    given = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), "")
     return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
@@ -48,7 +52,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, direct: ASGIApp, metrics: Metrics, traffic: Traffic) -> None:
         self._app, self._direct, self._traffic = app, direct, traffic
-        self._count = {name: metrics.requests.labels("POST", f"/v1/guards/{{guard}}/{name}", "429") for name in ("predict", "predict-batch")}
+        self._count = {name: metrics.requests.labels("POST", f"/v1/guards/{{guard}}/{name.decode()}", "429") for name in (b"predict", b"predict-batch")}
         self._route = Route("/v1/guards/{guard}/predict", direct)  # for those who ask the scope which one it was
         refusal = render(Overloaded(), _PLACE)
         self._body, self._headers = bytes(refusal.body), [header for header in refusal.raw_headers if header[0] not in (b"x-request-id", b"content-length")]
@@ -58,20 +62,26 @@ class Door:
         if predicts is None:
             await self._app(scope, receive, send)
         elif self._traffic.hopeless(scope["headers"]):
-            await self._refuse(predicts["call"], scope, send)
+            headers, body = self._refuse(predicts["call"].encode(), scope["headers"])
+            await send({"type": "http.response.start", "status": 429, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
         elif predicts["call"] == "predict" and not scope["query_string"]:
             scope["path_params"], scope["route"] = {"guard": predicts["guard"]}, self._route
             await self._direct(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    async def _refuse(self, call: str, scope: Scope, send: Send) -> None:
-        request_id = request_id_of(scope).encode()
+    def refusal(self, method: bytes, url: bytes, headers: Headers) -> Refusal | None:
+        """Of a request whose head has just been read, for a protocol that can answer it without a scope and a task; None where it is to come in."""
+        predicts = _PREDICT_URL.fullmatch(url) if method == b"POST" else None
+        return None if predicts is None or not self._traffic.hopeless(headers) else self._refuse(predicts[1], headers)
+
+    def _refuse(self, call: bytes, headers: Headers) -> Refusal:
+        request_id = request_id_of(headers).encode()
         body = self._body.replace(_PLACE.encode(), request_id)
         own = [(b"content-length", b"%d" % len(body)), (b"x-request-id", request_id), (b"x-content-type-options", b"nosniff")]
         self._count[call].inc()
-        await send({"type": "http.response.start", "status": 429, "headers": [*self._headers, *own]})
-        await send({"type": "http.response.body", "body": body})
+        return [*self._headers, *own], body
 
 
 class Envelope:
@@ -86,7 +96,7 @@ class Envelope:
             return
         began, status = time.perf_counter(), 0
         request = Request(scope)
-        request_id = request_id_of(scope)
+        request_id = request_id_of(scope["headers"])
         request.state.request_id = request_id
 
         async def numbered(message: Message) -> None:

@@ -1,13 +1,14 @@
 """Owns one HTTP/1.1 connection, from its first byte until a complete message reaches the application and the answer has left: the receive
 deadline, the caps on the request head, the framing rules, and the write deadline. It refuses a message that does not arrive in time (408),
 a head that is too large (414, 431), none or two Hosts (400), protocol upgrades (400), and every framing that two parsers could read in two
-ways (400). Once refused, a connection is never parsed again: it is answered, drained for a moment and closed."""
+ways (400). Once refused, a connection is never parsed again: it is answered, drained for a moment and closed. What comes in vain while there
+is too much traffic is answered here as well (429), but keeps its connection."""
 
 import asyncio
 import re
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -40,6 +41,26 @@ class ProtocolLimits:
 PROBLEMS = {problem.code: problem for problem in (ReceiveTimeout, UriTooLong, HeadersTooLarge, HostHeader, UpgradeRefused, PipelineTooDeep, MethodNotAllowed)}
 
 
+Headers = Sequence[tuple[bytes, bytes]]
+AtTheDoor = Callable[[bytes, bytes, Headers], tuple[Headers, bytes] | None]  # method, URL, headers -> headers and body of a 429, or come in
+
+
+class Answered:
+    """Stands where uvicorn has the cycle of a message: this one was answered without the application."""
+
+    response_started = response_complete = True
+    disconnected = False
+    message_event = asyncio.Event()  # nobody waits for it
+
+
+ANSWERED = Answered()
+
+
+def render_response(status: int, headers: Headers, body: bytes) -> bytes:
+    """All that goes over the wire."""
+    return b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers), b"\r\n", body])
+
+
 def render_refusal(code: str | None, headers: list[tuple[bytes, bytes]]) -> bytes:
     """The whole response to a refused message: a problem, or uvicorn's line for plain garbage (None)."""
     status, body = 400, b"Invalid HTTP request received."
@@ -50,8 +71,7 @@ def render_refusal(code: str | None, headers: list[tuple[bytes, bytes]]) -> byte
         status, body, own = answer.status_code, bytes(answer.body), answer.raw_headers
     if status == 405:
         own = [*own, (b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE")]
-    headers = [*headers, *own, (b"connection", b"close")]
-    return b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers), b"\r\n", body])
+    return render_response(status, [*headers, *own, (b"connection", b"close")], body)
 
 
 class ReceiveClock(FlowControl):
@@ -91,6 +111,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's httptools connection under `limits`; see `make_protocol`."""
 
     limits: ClassVar[ProtocolLimits] = ProtocolLimits()
+    at_the_door: ClassVar[AtTheDoor]
     _phase: Literal["idle", "head", "body"] = "idle"
     _owed: deque[RequestResponseCycle]  # messages not answered in full, oldest first: only that one runs
     _loose = 0  # bytes fed since the parser last handed something over: what it holds back, at least
@@ -169,6 +190,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._stop_parsing("method_not_allowed" if self.parser.get_method() == b"CONNECT" else "upgrade_refused")
         if len(hosts) > 1 or not all(HOST.fullmatch(host) for host in hosts) or (version == "1.1" and not hosts):
             self._stop_parsing("host_header")
+        if version == "1.1" and self._answers_at_the_door():
+            return
         super().on_headers_complete()
         self._phase, self._head_bytes = "body", 0
         self._owed.append(self.cycle)
@@ -178,6 +201,20 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.expect_100_continue:
             self._clock.hold()  # until the application asks for the body
             self.cycle.keep_alive = False  # answered without the body, the next request would be taken for it
+
+    def _answers_at_the_door(self) -> bool:
+        """In a storm most messages end here, and a scope and a task for each would take their time from those that can still be judged."""
+        if self._owed or self.flow.write_paused or self.expect_100_continue or not self.parser.should_keep_alive():
+            return False
+        refusal = type(self).at_the_door(self.parser.get_method(), self.url, self.headers)
+        if refusal is None:
+            return False
+        headers, body = refusal
+        self.transport.write(render_response(429, [*self.server_state.default_headers, *headers], body))
+        self.cycle = ANSWERED  # type: ignore[assignment] # its body is drained like that of any other message that is answered early
+        self._phase, self._head_bytes = "body", 0
+        self.server_state.total_requests += 1
+        return True
 
     def on_body(self, body: bytes) -> None:
         self._loose = 0
@@ -258,6 +295,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self.pause_writing()
 
 
-def make_protocol(limits: ProtocolLimits) -> type[HttpToolsProtocol]:
-    """The class to give to `uvicorn.Config(http=...)`, together with `ws="none"`."""
-    return type("BoundProtocol", (GuardedProtocol,), {"limits": limits})
+def make_protocol(limits: ProtocolLimits, at_the_door: AtTheDoor = lambda *_: None) -> type[HttpToolsProtocol]:
+    """The class to give to `uvicorn.Config(http=...)`, together with `ws="none"`.
+
+    at_the_door: asked about each message whose head is complete; what it gives is the answer, and the application does not hear of the message.
+    """
+    return type("BoundProtocol", (GuardedProtocol,), {"limits": limits, "at_the_door": staticmethod(at_the_door)})

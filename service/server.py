@@ -46,7 +46,7 @@ def serve(settings: Settings) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     config = uvicorn.Config(
         service.app,
-        http=make_protocol(limits),
+        http=make_protocol(limits, service.app.refusal),
         loop="asyncio",
         ws="none",
         lifespan="on",

@@ -89,3 +89,29 @@ def test_who_would_be_answered_too_late_is_refused_before_anything_is_read(clien
     assert counted(client, "429") == before + 1
     assert client.predict(png()).status_code == 200  # who has ten seconds is served
     assert client("GET", "/v1/guards", [("X-Deadline-Ms", "1000")]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "comes_in"),
+    [
+        (b"POST", b"/v1/guards/cifar/predict", False),
+        (b"POST", b"/v1/guards/cifar/predict-batch", False),
+        (b"GET", b"/v1/guards/cifar/predict", True),
+        (b"POST", b"/v1/guards/cifar/predict?explain=true", True),
+        (b"POST", b"/v1/guards/ci%66ar/predict", True),
+        (b"POST", b"/v1/guards/a/b/predict", True),
+        (b"POST", b"/v1/calibrations", True),
+        (b"POST", b"http://a/v1/guards/cifar/predict", True),
+    ],
+)  # fmt: skip
+def test_a_protocol_is_told_what_the_door_would_say(client: Client, monkeypatch: pytest.MonkeyPatch, method: bytes, url: bytes, comes_in: bool) -> None:
+    door, headers = client.service.app, [(b"x-deadline-ms", b"1000"), (b"x-request-id", b"a-number-of-mine")]
+    assert door.refusal(method, url, headers) is None
+    monkeypatch.setattr(type(client.service.judge.traffic), "seconds_ahead", 2.0)
+    refusal = door.refusal(method, url, headers)
+    assert (refusal is None) is comes_in
+    if refusal is not None:
+        asked = client("POST", url.decode(), [("X-Deadline-Ms", "1000"), ("X-Request-Id", "a-number-of-mine")], b"never read")
+        assert asked.status_code == 429
+        assert asked.content == refusal[1]
+        assert [*asked.headers.raw] == [*refusal[0]]

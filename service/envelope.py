@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from models.errors import Problem
 from service.errors import Draining, Overloaded, render
 from service.metrics import Metrics
+from service.protocol import Headers, Refusal
 from service.traffic import Traffic
 
 log = structlog.get_logger()
@@ -28,8 +28,6 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
 _PREDICT = re.compile(r"/v1/guards/(?P<guard>[^/]+)/(?P<call>predict|predict-batch)")
 _PREDICT_URL = re.compile(rb"/v1/guards/[^/?#%]+/(predict|predict-batch)")
 _PLACE = "the-request-id"
-Headers = Sequence[tuple[bytes, bytes]]
-Refusal = tuple[Headers, bytes]  # headers and body of a 429
 
 
 @dataclass

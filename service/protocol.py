@@ -42,7 +42,8 @@ PROBLEMS = {problem.code: problem for problem in (ReceiveTimeout, UriTooLong, He
 
 
 Headers = Sequence[tuple[bytes, bytes]]
-AtTheDoor = Callable[[bytes, bytes, Headers], tuple[Headers, bytes] | None]  # method, URL, headers -> headers and body of a 429, or come in
+Refusal = tuple[Headers, bytes]  # headers and body of a 429
+AtTheDoor = Callable[[bytes, bytes, Headers], Refusal | None]  # method, URL, headers -> a refusal, or come in
 
 
 class Answered:

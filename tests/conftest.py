@@ -34,7 +34,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture(scope="session", autouse=True)
 def _each_program_is_made_once() -> Iterator[None]:
-    """A guard that an engine of this process has served is served by the same program again: to make and to choose one takes seconds, in hundreds of tests."""
+    """A guard that an engine of this process has served is served by the same program again: to make and to choose one takes seconds, in hundreds of tests.
+
+    A test that changes its weights takes a guard of its own.
+    """
     made: dict[tuple[str, ...], nn.Module] = {}
 
     def serving_once(guard: Guard, images: Tensor, threads: int = 1) -> nn.Module:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.protocol import Headers
+from service.protocol import Headers, Refusal
 from tests.served import CL, CLOSE, GET, LAST, LIMITS, TE, Served, answers, ask, talk
 
 FULL = b"POST /full HTTP/1.1\r\nHost: a\r\n"
@@ -17,7 +17,7 @@ REFUSED = (429, b"no room")
 SERVED = (200, b"GET / 0")
 
 
-def at_the_door(method: bytes, url: bytes, headers: Headers) -> tuple[Headers, bytes] | None:
+def at_the_door(method: bytes, url: bytes, headers: Headers) -> Refusal | None:
     return ([(b"content-length", b"7"), (b"x-method", method)], b"no room") if url == b"/full" else None
 
 

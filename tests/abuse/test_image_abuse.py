@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from models.preprocessing import decode
+from models.registry import Registry
 from service.engine import Engine, LiveGuard, Outcome
-from tests.support import MULTIPART, Client, assert_problem, encode, form, jpeg, make_service, part, pixels, png, serving
+from tests.support import MULTIPART, Client, assert_problem, encode, form, jpeg, make_service, part, pixels, png, publish, serving
 
 IMAGE_BYTES = 1024 * 1024
 SLACK = 5.0  # times that the catalogue gives are for an idle machine
@@ -343,7 +344,9 @@ def test_a31_no_prediction_leaves_without_a_finite_score(tmp_path: Path, wrong: 
 
 
 def test_a31_weights_that_make_nan_are_refused_by_the_real_engine(tmp_path: Path) -> None:
-    with serving(make_service(tmp_path)) as client:
+    registry = Registry(tmp_path / "guards")
+    registry.activate("cifar", publish(registry, seed=31))  # weights of its own, since what serves them is not made anew for the next test
+    with serving(make_service(tmp_path, registry=registry)) as client:
         live = client.service.engine.live("cifar")
         assert live is not None
         (bias,) = (value for name, value in live.network.named_parameters() if name.endswith("auxiliary.linear.bias"))

@@ -72,6 +72,13 @@ class Served:
         client.connect(("127.0.0.1", self.port))
         return client
 
+    def narrow(self) -> asyncio.Transport:
+        """The only connection's own end, which hands the kernel little at a time: what a client does not read gathers here."""
+        self.until(lambda: self.uvicorn.server_state.connections)
+        (connection,) = self.uvicorn.server_state.connections
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**12)
+        return connection.transport  # type: ignore[return-value]
+
     @property
     def idle(self) -> bool:
         return not self.uvicorn.server_state.connections and not self.uvicorn.server_state.tasks

@@ -4,7 +4,6 @@ Driven under a real uvicorn with raw sockets; whatever is asked of /full is refu
 """
 
 import contextlib
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -92,16 +91,14 @@ def test_who_leaves_amid_a_body_that_is_refused_leaves_nothing_behind(server: Se
 
 def test_who_never_reads_refusals_is_dropped_before_they_gather(server: Served) -> None:
     with server.connect(receive_buffer=2**12) as client:
-        server.until(lambda: server.uvicorn.server_state.connections)
-        (connection,) = server.uvicorn.server_state.connections
-        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**12)
+        transport = server.narrow()
         client.settimeout(0.05)
         unsent = [0]
 
         def goes_on() -> bool:
             with contextlib.suppress(TimeoutError, ConnectionError):
                 client.send((FULL + CL + b"1\r\n\r\na") * 50)
-            unsent.append(connection.transport.get_write_buffer_size())
+            unsent.append(transport.get_write_buffer_size())
             return server.idle
 
         server.until(goes_on)

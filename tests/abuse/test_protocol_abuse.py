@@ -348,12 +348,10 @@ def test_e21_half_a_header_and_a_stalled_body_do_not_hold_up_the_end() -> None:
 )
 def test_a_client_that_never_reads_is_dropped(server: Served, request_line: bytes) -> None:
     with server.connect(receive_buffer=2**12) as client:
-        server.until(lambda: server.uvicorn.server_state.connections)
-        (connection,) = server.uvicorn.server_state.connections
-        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**12)
+        transport = server.narrow()
         client.sendall(request_line + b"\r\nHost: a\r\n\r\n")
         unsent = [0]
-        server.until(lambda: unsent.append(connection.transport.get_write_buffer_size()) or server.idle)  # type: ignore[func-returns-value]
+        server.until(lambda: unsent.append(transport.get_write_buffer_size()) or server.idle)  # type: ignore[func-returns-value]
     assert 0 < max(unsent) <= 2**24 + 2**10
     assert max(unsent) <= 2**18 + 2**10 or b"/big" in request_line
 

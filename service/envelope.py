@@ -69,10 +69,13 @@ class Door:
         else:
             await self._app(scope, receive, send)
 
-    def refusal(self, method: bytes, url: bytes, headers: Headers) -> Refusal | None:
-        """Of a request whose head has just been read, for a protocol that can answer it without a scope and a task; None where it is to come in."""
+    def refusal(self, method: bytes, url: bytes, headers: Headers, waited: float) -> Refusal | None:
+        """Of a request whose head has just been read, for a protocol that can answer it without a scope and a task; None where it is to come in.
+
+        waited: for how many seconds the head was here, unread.
+        """
         predicts = _PREDICT_URL.fullmatch(url) if method == b"POST" else None
-        return None if predicts is None or not self._traffic.hopeless(headers) else self._refuse(predicts[1], headers)
+        return None if predicts is None or not self._traffic.hopeless(headers, waited) else self._refuse(predicts[1], headers)
 
     def _refuse(self, call: bytes, headers: Headers) -> Refusal:
         request_id = request_id_of(headers).encode()

@@ -32,6 +32,9 @@ class Metrics:
         self.stage_seconds = Histogram(
             "badexpert_stage_seconds", "Time of an image in each stage: decode, queue, forward.", ["stage"], buckets=_SECONDS, registry=r
         )
+        self.connections_abandoned = Counter(
+            "badexpert_connections_abandoned", "Connections whose callers had left before the server could turn to them.", registry=r
+        )
         # One by one: a label is looked up under a lock.
         self.decode_seconds, self.queue_seconds, self.forward_seconds = map(self.stage_seconds.labels, ("decode", "queue", "forward"))
         self.batch_images = Histogram("badexpert_batch_images", "Images in a forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), registry=r)

@@ -16,6 +16,7 @@ from httptools import HttpParserError
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from service import tcp
 from service.errors import HeadersTooLarge, HostHeader, MethodNotAllowed, PipelineTooDeep, ReceiveTimeout, UpgradeRefused, UriTooLong, render
 
 PIECE_BYTES = 16 * 1024  # what the parser is fed at once: nothing unbounded can gather inside it between two checks
@@ -43,7 +44,7 @@ PROBLEMS = {problem.code: problem for problem in (ReceiveTimeout, UriTooLong, He
 
 Headers = Sequence[tuple[bytes, bytes]]
 Refusal = tuple[Headers, bytes]  # headers and body of a 429
-AtTheDoor = Callable[[bytes, bytes, Headers], Refusal | None]  # method, URL, headers -> a refusal, or come in
+AtTheDoor = Callable[[bytes, bytes, Headers, float], Refusal | None]  # method, URL, headers, seconds that they waited to be read -> a refusal, or come in
 
 
 class Answered:
@@ -82,6 +83,7 @@ class ReceiveClock(FlowControl):
         super().__init__(transport)
         self._loop, self._expired = loop, expired
         self.left: float | None = None
+        self.reading_since = float("-inf")
         self._handle: asyncio.TimerHandle | None = None
 
     def set(self, seconds: float | None) -> None:
@@ -104,6 +106,8 @@ class ReceiveClock(FlowControl):
         self.hold()
 
     def resume_reading(self) -> None:  # uvicorn calls this whenever the application asks for more of the body
+        if self.read_paused:
+            self.reading_since = self._loop.time()
         super().resume_reading()
         self._run()
 
@@ -207,7 +211,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """In a storm most messages end here, and a scope and a task for each would take their time from those that can still be judged."""
         if self._owed or self.flow.write_paused or self.expect_100_continue or not self.parser.should_keep_alive():
             return False
-        refusal = type(self).at_the_door(self.parser.get_method(), self.url, self.headers)
+        refusal = type(self).at_the_door(self.parser.get_method(), self.url, self.headers, self._unread_seconds())
         if refusal is None:
             return False
         headers, body = refusal
@@ -216,6 +220,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._phase, self._head_bytes = "body", 0
         self.server_state.total_requests += 1
         return True
+
+    def _unread_seconds(self) -> float:
+        """For how long the last bytes were here before they were read; while we did not want to read, none waited."""
+        connection = self.transport.get_extra_info("socket")
+        waited = 0.0 if connection is None else tcp.known(connection).since_received
+        return min(waited, self.loop.time() - self._clock.reading_since)
 
     def on_body(self, body: bytes) -> None:
         self._loose = 0

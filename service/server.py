@@ -20,6 +20,7 @@ from models.registry import Registry
 from service.app import Service
 from service.engine import Engine
 from service.jobs import Jobs
+from service.listener import SHORT, Listener
 from service.metrics import Metrics
 from service.priority import step_back
 from service.protocol import ProtocolLimits, make_protocol
@@ -40,8 +41,9 @@ def serve(settings: Settings) -> None:
     _admit(settings)
     device = _device(settings)
     registry, jobs = _data(settings)
-    listener = _listen(settings)
-    service = Service(settings, Engine(registry, device, settings.threads), jobs, Metrics())
+    metrics = Metrics()
+    listener = _listen(settings, metrics)
+    service = Service(settings, Engine(registry, device, settings.threads), jobs, metrics)
     limits = ProtocolLimits(upload_prefixes=("/v1/calibrations", "/v1/inspections"))
     sys.setswitchinterval(SWITCH_SECONDS)
     config = uvicorn.Config(
@@ -56,7 +58,7 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         timeout_keep_alive=30,
-        backlog=2048,
+        backlog=SHORT,
     )
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
     print(f"Serving on {address} (device {device.type}, data in {settings.data_dir})", flush=True)  # noqa: T201 - what a person waits for
@@ -143,16 +145,10 @@ def _data(settings: Settings) -> tuple[Registry, Jobs]:
         ) from error
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # With the protocol named: asyncio turns Nagle's algorithm off only where it is, and every answer would wait 40 ms for an acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _listen(settings: Settings, metrics: Metrics) -> Listener:
     try:
-        listener.bind((settings.host, settings.port))
+        return Listener(settings.host, settings.port, metrics.connections_abandoned.inc)
     except OSError as error:
-        listener.close()
         raise CannotStart(
             f"Cannot listen on {settings.host} port {settings.port} ({error.strerror}); choose another port with --port, or stop what uses it."
         ) from error
-    return listener

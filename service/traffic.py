@@ -23,7 +23,7 @@ class Traffic:
     """
 
     LAST = 32
-    SHARE = 0.5  # of its deadline that an image may expect to wait: with more, what is admitted comes too late where the guess is a little low
+    SHARE = 0.5  # of what is left of its deadline that an image may expect to wait: with more, what is admitted comes too late where the guess is a little low
 
     def __init__(self, deadline_seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._deadline, self._clock = deadline_seconds, clock
@@ -35,11 +35,14 @@ class Traffic:
         """What those that are under way will take."""
         return self._under_way * min(self._each, default=0.0)
 
-    def hopeless(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Whether a request with these headers should be refused at once, since its answer would come too late."""
+    def hopeless(self, headers: Iterable[tuple[bytes, bytes]], waited: float = 0.0) -> bool:
+        """Whether a request with these headers should be refused at once, since its answer would come too late.
+
+        waited: for how many seconds it was here already, before it was read.
+        """
         wanted = next((value for name, value in headers if name == b"x-deadline-ms"), b"")
         deadline = min(self._deadline, int(wanted) / 1000) if _MILLISECONDS.fullmatch(wanted) else self._deadline
-        return self.seconds_ahead > self.SHARE * deadline
+        return self.seconds_ahead > self.SHARE * (deadline - waited)
 
     @contextmanager
     def judging(self) -> Iterator[None]:

@@ -19,9 +19,10 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers `METHOD path bytes`; over 1 GB and /early unread; /late reads after 0.4 s; /flood is 128 MB; /hang awaits the disconnect."""
+    """Answers `METHOD path bytes`; over 1 GB and /early unread; /late reads after 0.4 s; /now does not wait; /flood is 128 MB; /hang awaits the disconnect."""
     path, length = scope["path"], int(dict(scope["headers"]).get(b"content-length", 0))
-    await asyncio.sleep(0.4 if path == "/late" else 0)
+    if path != "/now":
+        await asyncio.sleep(0.4 if path == "/late" else 0)
     before, size, message = list(scope["headers"]), 0, {"type": "http.request", "more_body": length <= 10**9 and path != "/early"}
     while message["type"] == "http.request" and (message["more_body"] or path == "/hang"):
         message = await receive()

@@ -4,6 +4,8 @@ Driven under a real uvicorn with raw sockets; whatever is asked of /full is refu
 """
 
 import contextlib
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +18,12 @@ REFUSED = (429, b"no room")
 SERVED = (200, b"GET / 0")
 
 
-def at_the_door(method: bytes, url: bytes, headers: Headers) -> Refusal | None:
+waits: list[float] = []  # of those that were refused
+
+
+def at_the_door(method: bytes, url: bytes, headers: Headers, waited: float) -> Refusal | None:
+    if url == b"/full":
+        waits.append(waited)
     return ([(b"content-length", b"7"), (b"x-method", method)], b"no room") if url == b"/full" else None
 
 
@@ -68,6 +75,32 @@ def test_the_answer_is_what_the_door_says_with_the_servers_own_headers(server: S
         _, headers, _ = ask(client, FULL + CL + b"1\r\n\r\na")
         assert headers["x-method"] == "POST"
         assert set(headers) - {"x-method"} == set(ask(client, GET)[1])  # a date among them
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a connection waited")
+def test_the_door_is_told_how_long_a_request_was_here_before_it_was_read(server: Served) -> None:
+    with server.connect() as client:
+        assert ask(client, FULL + CL + b"1\r\n\r\na")[0] == 429
+        at_once = waits[-1]
+        server.loop.call_soon_threadsafe(time.sleep, 0.5)
+        time.sleep(0.1)
+        assert ask(client, FULL + CL + b"1\r\n\r\na")[0] == 429
+        late = waits[-1]
+    with server.connect() as client:
+        server.loop.call_soon_threadsafe(time.sleep, 0.5)
+        with server.connect() as other:
+            assert ask(other, FULL + CL + b"1\r\n\r\na")[0] == 429
+    assert at_once < 0.2 < min(late, waits[-1])
+
+
+def test_what_waits_behind_others_of_its_own_connection_was_not_kept_waiting_by_the_server(server: Served) -> None:
+    with server.connect() as client:
+        client.sendall(b"POST /late HTTP/1.1\r\nHost: a\r\n" + CL + b"1\r\n\r\na" + b"GET /now HTTP/1.1\r\nHost: a\r\n\r\n")
+        time.sleep(0.05)
+        waits.clear()
+        client.sendall(FULL + CL + b"1\r\n\r\na")  # is not read before the first is answered: the second ended the reading
+        assert [status for status, _, _ in answers(talk(client))] == [200, 200, 429]
+    assert waits[0] < 0.2
 
 
 def test_one_that_asks_before_it_sends_its_body_comes_in(server: Served) -> None:

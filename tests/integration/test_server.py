@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -181,6 +182,21 @@ def test_the_event_loop_gives_way_to_the_threads_that_judge(tmp_path: Path) -> N
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     assert found.pop(process.pid) == max(NICENESS, usual)
     assert set(found.values()) == {usual}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a connection waited")
+def test_callers_that_left_while_the_server_was_away_are_not_answered(tmp_path: Path) -> None:
+    request, callers = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n", 40
+    with server(tmp_path) as (client, process):
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(callers):
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=5) as caller:
+                caller.sendall(request)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGCONT)
+        seen = client.get("/metrics").text
+    assert f"badexpert_connections_abandoned_total {callers}.0" in seen
+    assert 'route="/livez"' not in seen
 
 
 def test_the_same_idempotency_key_gives_the_same_job(tmp_path: Path, small_clean_set: Path) -> None:

@@ -106,9 +106,10 @@ def test_who_would_be_answered_too_late_is_refused_before_anything_is_read(clien
 )  # fmt: skip
 def test_a_protocol_is_told_what_the_door_would_say(client: Client, monkeypatch: pytest.MonkeyPatch, method: bytes, url: bytes, comes_in: bool) -> None:
     door, headers = client.service.app, [(b"x-deadline-ms", b"1000"), (b"x-request-id", b"a-number-of-mine")]
-    assert door.refusal(method, url, headers) is None
+    assert door.refusal(method, url, headers, 0.1) is None
+    assert (door.refusal(method, url, headers, 1.1) is None) is comes_in  # its deadline passed before it was read
     monkeypatch.setattr(type(client.service.judge.traffic), "seconds_ahead", 2.0)
-    refusal = door.refusal(method, url, headers)
+    refusal = door.refusal(method, url, headers, 0.0)
     assert (refusal is None) is comes_in
     if refusal is not None:
         asked = client("POST", url.decode(), [("X-Deadline-Ms", "1000"), ("X-Request-Id", "a-number-of-mine")], b"never read")

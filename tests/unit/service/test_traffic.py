@@ -55,6 +55,20 @@ def test_a_request_is_hopeless_where_half_of_its_deadline_would_be_waited() -> N
     assert not traffic.hopeless(HEADERS)
 
 
+def test_what_was_here_before_it_was_read_has_waited_already() -> None:
+    clock = Clock()
+    traffic = Traffic(10.0, clock)
+    judged(traffic, clock, 300, 0.01)
+    with ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(traffic.judging())
+        assert not traffic.hopeless(HEADERS, waited=0.2)
+        assert traffic.hopeless(HEADERS, waited=0.6)
+        assert not traffic.hopeless([], waited=0.6)
+    assert not traffic.hopeless(HEADERS, waited=0.9)  # nobody is before it
+    assert traffic.hopeless(HEADERS, waited=1.1)
+
+
 def test_what_fails_teaches_nothing_and_leaves_nothing_behind() -> None:
     clock = Clock()
     traffic = Traffic(1.0, clock)

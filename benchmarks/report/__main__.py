@@ -15,7 +15,7 @@ from benchmarks.report.page import page, summary
 from benchmarks.report.performance import performance
 from benchmarks.report.plots import confidences, costs, curves, heat
 from benchmarks.report.tables import table_of_detectors, table_of_scales, weak
-from benchmarks.serving import engine, http
+from benchmarks.serving import activations, engine, http
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE, PERFORMANCE, PLOTS = DOCS / "results.md", DOCS / "performance.md", DOCS / "plots"
@@ -33,7 +33,7 @@ def texts(readme_now: str) -> dict[Path, str]:
     found, listed = records.read(), records.listed
     return {
         PAGE: page(found, zoo.records(), listed(promise.RESULTS), listed(canaries.RESULTS), listed(few_images.RESULTS)),
-        PERFORMANCE: performance(listed(engine.RECORD), listed(http.RECORD)),
+        PERFORMANCE: performance(listed(engine.RECORD), listed(http.RECORD), listed(activations.RECORD)),
         README: readme(readme_now, found),
     }
 

@@ -102,7 +102,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         "",
         "`auto` changed since most of its records were made: it has two experts instead of three, asks its auxiliary about 3% of clean images instead of",
         "a tenth, and trains it for six epochs instead of ten. Of the new `auto` are the records of ResNet-20, ResNet-10-T, VGG-11, ConvNeXt, MobileNetV3, the",
-        "ViT of 32x32 images, the promise, small clean sets, and 19 of the 20 of the canaries; the others are older. Of another ResNet-10-T, whose backdoor",
+        "ViT of 32x32 images, the promise, small clean sets, and the canaries; the others are older. Of another ResNet-10-T, whose backdoor",
         "works on 90% of images only, the new `auto` caught 88% of those that it works on; and of MobileNetV3's images 90% while the preprocessing was found",
         "to crop what it does not: small images that are enlarged a little are no longer tried with a crop. Neither record is kept. The seconds of VGG-11's",
         "calibration are no measure: other work ran beside it, and it was held for minutes.",

@@ -9,7 +9,7 @@ from benchmarks.detectors.strip import Strip
 from benchmarks.records import Record
 from benchmarks.report.tables import row
 
-SERVERS = {"badexpert": "ours", "mosec": "mosec", "litserve": "LitServe"}
+SERVERS = {"badexpert": "ours", "mosec": "mosec", "litserve": "LitServe", "ray": "Ray Serve"}
 SERVED = {"guard": "guard", "naive": "naive guard", "alone": "suspect alone"}
 WAYS = {
     "unguarded": "unguarded",
@@ -281,11 +281,12 @@ TRIED = [
 
 def over_http(record: Record) -> list[str]:
     """The section on whole servers."""
+    others = [SERVERS[name] for name in SERVERS if name != "badexpert" and any(each["name"] == name for each in record["servers"])]
     lines = [
         *("", f"## Over HTTP, {record['hardware']}", ""),
         "`python -m benchmarks.serving.http`: the example suspect, 32x32 PNGs, an open-loop load with times from when a request was due. The knee is the",
         "highest rate of which 99% are answered, right and within 100 ms; in the storm five times as much is sent, and what is answered within a second",
-        "counts. The load is made on the same cores. mosec and LitServe run with one worker, and with one a core.",
+        f"counts. The load is made on the same cores. {', '.join(others[:-1])} and {others[-1]} run with one worker, and with one a core.",
         "",
         row("server", "what it serves", "workers", "knee, images/s", "p50 / p99 there, ms", "goodput in the storm, images/s", "of its knee"),
         row(*["---"] * 7),
@@ -327,8 +328,25 @@ def _beside(record: Record) -> list[str]:
     ]
 
 
-def performance(found: Sequence[Record], http: Sequence[Record] = ()) -> str:
-    """docs/performance.md, from the records of the engine and of whole servers."""
+def over_activations(records: Sequence[Record]) -> list[str]:
+    """The section on memory."""
+    lines = [
+        *("## Memory over activations", ""),
+        "`python -m benchmarks.serving.activations`: a server loads, verifies and compiles the example suspect's guard again and again, and judges an image",
+        "after each time. Growth is the median slope over the last three quarters.",
+        "",
+        row("machine", "activations", "resident at first, MiB", "after a quarter", "after half", "at last", "growth, KiB an activation"),
+        row(*["---"] * 7),
+    ]
+    for each in records:
+        seen = each["resident_mib"]
+        at = [f"{seen[round(share * (len(seen) - 1))]:.0f}" for share in (0, 0.25, 0.5, 1)]
+        lines.append(row(each["hardware"], str(each["activations"]), *at, f"{each['growth_kib']:.0f}"))
+    return [*lines, ""]
+
+
+def performance(found: Sequence[Record], http: Sequence[Record] = (), activations: Sequence[Record] = ()) -> str:
+    """docs/performance.md, from the records of the engine, of whole servers, and of their memory."""
     tried = [row("change", "predicted", "measured, share of the unguarded rate", "verdict"), row(*["---"] * 4), *(row(*each) for each in TRIED)]
     lines = [INTRODUCTION.format(tried="\n".join(tried))]
     for record in sorted(found, key=lambda each: (each["hardware"], each["architecture"], each["size"])):
@@ -361,4 +379,6 @@ def performance(found: Sequence[Record], http: Sequence[Record] = ()) -> str:
         lines += ["", *_beside(record)]
     for record in http:
         lines[-1:] = over_http(record)
+    if activations:
+        lines += over_activations(activations)
     return "\n".join(lines)

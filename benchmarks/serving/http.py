@@ -1,9 +1,9 @@
 """Our service beside other serving frameworks, over HTTP: `python -m benchmarks.serving.http`.
 
 The same example suspect, one after another on the same machine: our guard behind our service; the naive guard of three whole networks, and the suspect alone,
-behind mosec and LitServe. For each the knee is found: the rate of an open-loop load up to which 99% are answered within 100 ms; then it gets five times
-that rate. Our service is also watched while nothing is asked. Then ours and the best peer of each way are measured again, turn by turn, since a knee is worth
-no more than the minute in which it was found. The peers need environments of their own, with nothing of ours installed:
+behind mosec, LitServe and Ray Serve. For each the knee is found: the rate of an open-loop load up to which 99% are answered within 100 ms; then it gets
+five times that rate. Our service is also watched while nothing is asked. Then ours and the best peer of each way are measured again, turn by turn, since a
+knee is worth no more than the minute in which it was found. The peers need environments of their own, with nothing of ours installed:
 
     python -m benchmarks.serving.http --install .peers
 
@@ -39,7 +39,8 @@ from benchmarks.serving.load import knee, load, request
 
 ROOT = Path(__file__).parent.parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "http.json"
-PEERS = {"mosec": "mosec==0.9.8", "litserve": "litserve==0.2.19"}
+PEERS = {"mosec": "mosec==0.9.8", "litserve": "litserve==0.2.19", "ray": "ray[serve]==2.60.0"}
+RAW = {"mosec": "/inference", "ray": "/"}  # where those are called that take an image as it is
 P99, GOOD, STORM = 0.1, 1.0, 5.0  # seconds at the knee, seconds that an answer in a storm may take, how much more than the knee a storm is
 FIGURES = ("knee", "p50_ms", "p99_ms", "storm_goodput", "storm_share", "idle_cpu")
 
@@ -84,8 +85,8 @@ def call(contender: Contender, image: bytes) -> tuple[str, dict[str, str], bytes
     """Path, headers and body with which it is asked about an image; ours is told, as its callers can, how long an answer is worth waiting for."""
     if contender.way == "guard":
         return "/v1/guards/demo/predict", {"Content-Type": "image/png", "X-Deadline-Ms": str(round(1000 * GOOD))}, image
-    if contender.name == "mosec":
-        return "/inference", {"Content-Type": "image/png"}, image
+    if contender.name in RAW:
+        return RAW[contender.name], {"Content-Type": "image/png"}, image
     return "/predict", {"Content-Type": "application/json"}, json.dumps({"image": base64.b64encode(image).decode()}).encode()
 
 
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
     parser.add_argument("--start", type=float, default=100.0, help="the first rate that is tried")
     parser.add_argument("--rounds", type=int, default=3, help="how often ours and the best peers are measured")
-    parser.add_argument("--only", action="append", help="guard, mosec or litserve; may be repeated")
+    parser.add_argument("--only", action="append", help="guard, mosec, litserve or ray; may be repeated")
     parser.add_argument("--json", action="store_true", help="the whole record")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/http.json, in place of an earlier one on the same hardware")
     args = parser.parse_args()

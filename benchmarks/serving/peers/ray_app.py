@@ -33,5 +33,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["PORT"])})
-    serve.run(Inference.bind(), route_prefix="/")
+    serve.run(Inference.bind(), route_prefix="/")  # type: ignore[attr-defined,unused-ignore]
     signal.pause()

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from models.errors import Problem
 from service.errors import Draining, Overloaded, render
 from service.metrics import Metrics
-from service.protocol import Headers, Refusal
+from service.protocol import UNREAD, Headers, Refusal
 from service.traffic import Traffic
 
 log = structlog.get_logger()
@@ -28,6 +28,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
 _PREDICT = re.compile(r"/v1/guards/(?P<guard>[^/]+)/(?P<call>predict|predict-batch)")
 _PREDICT_URL = re.compile(rb"/v1/guards/[^/?#%]+/(predict|predict-batch)")
 _PLACE = "the-request-id"
+NO_WAIT = {"seconds": 0.0}
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Door:
         predicts = _PREDICT.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if predicts is None:
             await self._app(scope, receive, send)
-        elif self._traffic.hopeless(scope["headers"]):
+        elif self._traffic.hopeless(scope["headers"], scope.get("extensions", {}).get(UNREAD, NO_WAIT)["seconds"]):
             headers, body = self._refuse(predicts["call"].encode(), scope["headers"])
             await send({"type": "http.response.start", "status": 429, "headers": headers})
             await send({"type": "http.response.body", "body": body})

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from service import tcp
 
 LONG, SHORT = 2048, 128  # connections that may wait
+AT_ONCE = 128  # of them that are accepted before the event loop turns to something else
 LATE_SECONDS = 0.1  # a connection that waited this long was late
-CALM_SECONDS = 1.0  # nobody late for this long: the queue may be long again
+CALM_SECONDS = 1.0  # with the first that is accepted when nobody was late for this long, the queue is long again
 
 
 class Listener(socket.socket):
@@ -44,7 +45,7 @@ class Listener(socket.socket):
             connection, address = super().accept()
             caller = tcp.known(connection)
             self._adapt(caller.since_sent)
-            if caller.open or caller.since_sent < LATE_SECONDS:  # one that ends its side at once may still want the answer
+            if caller.open or caller.since_sent < LATE_SECONDS:  # one that ends its side at once may still read what is answered at once
                 return connection, address
             connection.close()
             self._on_abandoned()

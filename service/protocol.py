@@ -56,6 +56,7 @@ class Answered:
 
 
 ANSWERED = Answered()
+UNREAD = "badexpert.unread"  # extension of a scope: for how many seconds the head was here before it was read
 
 
 def render_response(status: int, headers: Headers, body: bytes) -> bytes:
@@ -195,8 +196,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._stop_parsing("method_not_allowed" if self.parser.get_method() == b"CONNECT" else "upgrade_refused")
         if len(hosts) > 1 or not all(HOST.fullmatch(host) for host in hosts) or (version == "1.1" and not hosts):
             self._stop_parsing("host_header")
-        if version == "1.1" and self._answers_at_the_door():
+        unread = self._unread_seconds()
+        if version == "1.1" and self._answers_at_the_door(unread):
             return
+        self.scope["extensions"] = {UNREAD: {"seconds": unread}}  # for the door, should it be asked as an application
         super().on_headers_complete()
         self._phase, self._head_bytes = "body", 0
         self._owed.append(self.cycle)
@@ -207,11 +210,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._clock.hold()  # until the application asks for the body
             self.cycle.keep_alive = False  # answered without the body, the next request would be taken for it
 
-    def _answers_at_the_door(self) -> bool:
+    def _answers_at_the_door(self, unread: float) -> bool:
         """In a storm most messages end here, and a scope and a task for each would take their time from those that can still be judged."""
         if self._owed or self.flow.write_paused or self.expect_100_continue or not self.parser.should_keep_alive():
             return False
-        refusal = type(self).at_the_door(self.parser.get_method(), self.url, self.headers, self._unread_seconds())
+        refusal = type(self).at_the_door(self.parser.get_method(), self.url, self.headers, unread)
         if refusal is None:
             return False
         headers, body = refusal

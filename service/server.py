@@ -20,7 +20,7 @@ from models.registry import Registry
 from service.app import Service
 from service.engine import Engine
 from service.jobs import Jobs
-from service.listener import SHORT, Listener
+from service.listener import AT_ONCE, Listener
 from service.metrics import Metrics
 from service.priority import step_back
 from service.protocol import ProtocolLimits, make_protocol
@@ -58,7 +58,7 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         timeout_keep_alive=30,
-        backlog=SHORT,
+        backlog=AT_ONCE,  # how long the queue is, the listener decides
     )
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
     print(f"Serving on {address} (device {device.type}, data in {settings.data_dir})", flush=True)  # noqa: T201 - what a person waits for

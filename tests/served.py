@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from service.protocol import AtTheDoor, ProtocolLimits, make_protocol
+from service.protocol import UNREAD, AtTheDoor, ProtocolLimits, make_protocol
 
 LIMITS = ProtocolLimits(receive_seconds=0.3, upload_seconds=0.3, upload_prefixes=("/upload",), write_seconds=0.3)
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -43,7 +43,7 @@ class Served:
     """The server in a thread, with a clean bill of health on demand."""
 
     def __init__(self, limits: ProtocolLimits = LIMITS, at_the_door: AtTheDoor = lambda *_: None) -> None:
-        self.calls = 0
+        self.calls, self.unread = 0, list[float]()
         config = uvicorn.Config(
             self.app,
             interface="asgi3",
@@ -63,6 +63,7 @@ class Served:
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         self.calls += 1
+        self.unread.append(scope["extensions"][UNREAD]["seconds"])
         await echo(scope, receive, send)
 
     def connect(self, receive_buffer: int = 0) -> socket.socket:

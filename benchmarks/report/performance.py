@@ -286,7 +286,7 @@ def over_http(record: Record) -> list[str]:
         *("", f"## Over HTTP, {record['hardware']}", ""),
         "`python -m benchmarks.serving.http`: the example suspect, 32x32 PNGs, an open-loop load with times from when a request was due. The knee is the",
         "highest rate of which 99% are answered, right and within 100 ms; in the storm five times as much is sent, and what is answered within a second",
-        f"counts. The load is made on the same cores. {', '.join(others[:-1])} and {others[-1]} run with one worker, and with one a core.",
+        f"counts. The load is made on the same cores. The others ({', '.join(others)}) run with one worker, and with one a core.",
         "",
         row("server", "what it serves", "workers", "knee, images/s", "p50 / p99 there, ms", "goodput in the storm, images/s", "of its knee"),
         row(*["---"] * 7),

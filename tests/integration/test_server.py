@@ -189,6 +189,7 @@ def test_callers_that_left_while_the_server_was_away_are_not_answered(tmp_path: 
     request, callers = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n", 40
     with server(tmp_path) as (client, process):
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         for _ in range(callers):
             with socket.create_connection((client.base_url.host, client.base_url.port), timeout=5) as caller:
                 caller.sendall(request)

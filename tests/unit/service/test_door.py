@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from starlette.types import Message
 
+from service.protocol import UNREAD
 from tests.support import MULTIPART, Client, Headers, assert_problem, form, make_service, part, png, serving
 
 PREDICT = "/v1/guards/cifar/predict"
@@ -116,3 +118,18 @@ def test_a_protocol_is_told_what_the_door_would_say(client: Client, monkeypatch:
         assert asked.status_code == 429
         assert asked.content == refusal[1]
         assert [*asked.headers.raw] == [*refusal[0]]
+
+
+def test_what_lay_unread_until_its_deadline_is_refused_as_an_application_too(client: Client) -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        raise AssertionError("its body is not read")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"x-deadline-ms", b"1000")]
+    scope = {"type": "http", "method": "POST", "path": PREDICT, "headers": headers, "extensions": {UNREAD: {"seconds": 1.1}}}
+    client.runner.run(client.service.app(scope, receive, send))
+    assert sent[0]["status"] == 429

@@ -46,6 +46,23 @@ def test_a_peer_that_has_ended_its_side_is_known(pair: tuple[socket.socket, sock
     assert not tcp.known(accepted).open
 
 
+class Imitated:
+    """A connection of a system that knows less."""
+
+    def __init__(self, answer: bytes | OSError) -> None:
+        self._answer = answer
+
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes:
+        if isinstance(self._answer, OSError):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize("answer", [b"", b"\1" * 32, OSError("not permitted")])
+def test_where_the_kernel_does_not_tell_nobody_waits(answer: bytes | OSError) -> None:
+    assert tcp.known(Imitated(answer)) == (True, 0.0, 0.0)
+
+
 def test_elsewhere_nobody_waits(pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert tcp.known(pair[1]) == (True, 0.0, 0.0)

@@ -17,15 +17,14 @@ from tests.served import CL, CLOSE, GET, LAST, LIMITS, TE, Served, answers, ask,
 FULL = b"POST /full HTTP/1.1\r\nHost: a\r\n"
 REFUSED = (429, b"no room")
 SERVED = (200, b"GET / 0")
-
-
-waits: list[float] = []  # of those that were refused
+waits: list[float] = []  # of those that were refused: for how long they were here unread
 
 
 def at_the_door(method: bytes, url: bytes, headers: Headers, waited: float) -> Refusal | None:
-    if url == b"/full":
-        waits.append(waited)
-    return ([(b"content-length", b"7"), (b"x-method", method)], b"no room") if url == b"/full" else None
+    if url != b"/full":
+        return None
+    waits.append(waited)
+    return [(b"content-length", b"7"), (b"x-method", method)], b"no room"
 
 
 @pytest.fixture(scope="module")

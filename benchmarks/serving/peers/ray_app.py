@@ -14,8 +14,10 @@ from starlette.requests import Request
 
 from benchmarks.serving.peers.networks import Networks
 
+WORKERS = int(os.environ["WORKERS"])
 
-@serve.deployment(num_replicas=int(os.environ["WORKERS"]), max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})  # type: ignore[untyped-decorator,unused-ignore]
+
+@serve.deployment(num_replicas=WORKERS, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})  # type: ignore[untyped-decorator,unused-ignore]
 class Inference:
     def __init__(self) -> None:
         self.networks = Networks()

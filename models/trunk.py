@@ -8,6 +8,7 @@ the same network always traces to; the trunk and the tail of an uncut copy share
 from __future__ import annotations
 
 import copy
+import linecache
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,10 +86,21 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]  # what else `forward` takes keeps its default
 
 
+class _Traced(fx.GraphModule):
+    """Leaves nothing behind when it goes: torch keeps the source of each graph's code for as long as the process lives, 2 KiB forty times for each bundle."""
+
+    def recompile(self) -> Any:
+        made = super().recompile()
+        name = type(self).forward.__code__.co_filename
+        linecache.cache.pop(name, None)
+        fx.graph_module._loader.eval_cache.pop(name, None)
+        return made
+
+
 def trace(network: nn.Module) -> fx.GraphModule:
     """Its graph, in eval mode; the modules are its own. Raises CannotCut."""
     try:
-        return fx.GraphModule(network, _Tracer().trace(network.eval()))
+        return _Traced(network, _Tracer().trace(network.eval()))
     except Exception as error:  # what a forward raises when it meets a symbol instead of a tensor is up to that forward
         raise CannotCut(f"a {type(network).__name__} cannot be traced") from error
 
@@ -195,7 +207,7 @@ def split(network: nn.Module, *names: str) -> list[fx.GraphModule]:
     nodes = list(trace(network).graph.nodes)
     by_name, constant = {node.name: index for index, node in enumerate(nodes)}, _constant(nodes)
     borders = [by_name[name] for name in names]
-    parts = []
+    parts: list[fx.GraphModule] = []
     for begin, end in zip([-1, *borders], [*borders, len(nodes) - 1], strict=True):
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         if begin >= 0:
@@ -208,7 +220,7 @@ def split(network: nn.Module, *names: str) -> list[fx.GraphModule]:
         for node in reversed(nodes[: end + 1]):
             if node in constant and not copies[node].users:
                 graph.erase_node(copies[node])
-        parts.append(fx.GraphModule(network, graph).eval())
+        parts.append(_Traced(network, graph).eval())
     return parts
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from models import architectures
 from models.trunk import CannotCut, choose_cut, cuts, feature_cut, operations, places, split, tail_copy
@@ -60,6 +63,21 @@ def test_training_a_tail_copy_leaves_the_suspect_as_it_was() -> None:
     torch.optim.SGD(tail.parameters(), 0.1).step()
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_cut_network_that_is_gone_leaves_nothing_behind() -> None:
+    network = architectures.get("resnet20").build(10).eval()
+    cut = choose_cut(network, torch.zeros(1, 3, 32, 32), 0.1).name
+
+    def kept() -> tuple[int, int]:
+        gc.collect()
+        return len(gc.get_objects()), len(fx.graph_module._loader.eval_cache)  # sources are strings, which `gc` does not count
+
+    after = []
+    for _ in range(3):
+        copy.deepcopy(tail_copy(network, cut))
+        after.append(kept())
+    assert after[2] == after[1]  # the first also fills caches that stay as they are
 
 
 def test_an_unknown_cut_is_refused() -> None:

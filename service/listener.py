@@ -30,6 +30,8 @@ class Listener(socket.socket):
         self._late, self._length = float("-inf"), LONG
         try:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self.family == socket.AF_INET6:
+                self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # "::" is for all callers, whatever this system's default
             self.bind((host, port))
         except OSError:
             self.close()

@@ -130,3 +130,16 @@ def test_the_queue_is_short_while_callers_are_late_and_long_again_once_none_was_
 def test_an_address_in_use_is_an_error_and_leaves_no_socket_open(scene: Scene) -> None:
     with pytest.raises(OSError, match="in use"):
         Listener("127.0.0.1", scene.listener.getsockname()[1])
+
+
+def test_an_address_of_ipv6_is_listened_on_and_all_of_them_are_those_of_ipv4_too() -> None:
+    for host, callers in (("::1", ["::1"]), ("::", ["::1", "127.0.0.1"])):
+        try:
+            listener = Listener(host, 0)
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        with listener:
+            listener.listen()
+            for caller in callers:
+                with socket.create_connection((caller, listener.getsockname()[1]), timeout=5):
+                    listener.accept()[0].close()

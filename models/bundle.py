@@ -31,9 +31,10 @@ from models.score import Scale
 from models.threshold import Threshold
 
 CPU = torch.device("cpu")
-SCHEMA = 4
-# The first knew no architecture_options, and no preprocessing with another aspect; the second one distance, and no gate; the third no images to check with.
-READABLE = (1, 2, 3, SCHEMA)
+SCHEMA = 5
+# The first knew no architecture_options, and no preprocessing with another aspect; the second one distance, and no gate; the third no images to check with;
+# the fourth distances without a spread of each class.
+READABLE = (1, 2, 3, 4, SCHEMA)
 _WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")
 _REPORTS = ("report.json", "report.html")
 
@@ -232,10 +233,14 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 def _distances(kept: dict[str, Tensor], count: int) -> list[Distance]:
     if "means" in kept:  # of schema 1 or 2
-        return [Distance(torch.zeros(len(kept["whitening"])), kept["means"] @ kept["whitening"], kept["whitening"])]
-    # Schema 3 had no origin.
-    origins = [kept.get(f"{place}.origin", torch.zeros(len(kept[f"{place}.whitening"]))) for place in range(count)]
-    return [Distance(origin, kept[f"{place}.centres"], kept[f"{place}.whitening"]) for place, origin in enumerate(origins)]
+        kept = {"0.centres": kept["means"] @ kept["whitening"], "0.whitening": kept["whitening"]}
+    found = []
+    for place in range(count):
+        centres, whitening = kept[f"{place}.centres"], kept[f"{place}.whitening"]
+        origin = kept.get(f"{place}.origin", torch.zeros(len(whitening)))  # schema 3 had none
+        spread = kept.get(f"{place}.spread", torch.ones(len(centres)))  # nor had schema 4
+        found.append(Distance(origin, centres, whitening, spread))
+    return found
 
 
 def _description(content: dict[str, Any]) -> Description:

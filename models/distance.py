@@ -4,6 +4,9 @@ The class-conditional Mahalanobis distance (Lee et al. 2018, "A Simple Unified F
 Attacks") of what the suspect computes anyway, with one covariance for all classes. A triggered image is called the target class, but somewhere on its
 way through the network it seldom looks like that class: before the head where the trigger is all that the suspect sees, some blocks earlier where an
 attack shapes the last features themselves. So it is measured at several places.
+
+A distance counts in proportion to what is usual for clean images of the class. Where classes are unlike in spread, or in how many images tell their
+means, the rejections would otherwise gather in a few of them.
 """
 
 from __future__ import annotations
@@ -16,24 +19,31 @@ MOST = 512  # dimensions that are compared at one place
 
 
 class Distance(nn.Module):
-    """At one place. origin: float32 [D]; whitening: [D, K], with whitening @ whitening.T the inverse covariance; centres: [C, K], the class means, whitened.
+    """At one place. origin: float32 [D]; whitening: [D, K], with whitening @ whitening.T the inverse covariance; centres: [C, K], the class means, whitened;
+    spread: float32 [C], the squared distance that is usual for clean images of each class.
 
-    All but the origin are kept in bfloat16, which halves what the guard adds to the suspect's memory; from the origin, which is the mean of all features,
-    no centre is so far that three digits would not do.
+    Centres and whitening are kept in bfloat16, which halves what the guard adds to the suspect's memory; from the origin, which is the mean of all
+    features, no centre is so far that three digits would not do.
     """
 
     origin: Tensor
     centres: Tensor
     whitening: Tensor
+    spread: Tensor
 
-    def __init__(self, origin: Tensor, centres: Tensor, whitening: Tensor) -> None:
+    def __init__(self, origin: Tensor, centres: Tensor, whitening: Tensor, spread: Tensor) -> None:
         super().__init__()
         self.register_buffer("origin", origin)
         self.register_buffer("centres", centres)
         self.register_buffer("whitening", whitening)
+        self.register_buffer("spread", spread)
 
     def forward(self, features: Tensor, prediction: Tensor) -> Tensor:
-        """Squared distances, float64 [N]; features as `vectors` gives them, [N, D], prediction int64 [N]."""
+        """Squared distances in units of what is usual, float64 [N]; features as `vectors` gives them, [N, D], prediction int64 [N]."""
+        return self.squared(features, prediction) / self.spread[prediction]
+
+    def squared(self, features: Tensor, prediction: Tensor) -> Tensor:
+        """The squared distances themselves, float64 [N]."""
         return ((features - self.origin) @ self.whitening.float() - self.centres[prediction].float()).double().square().sum(1)
 
 
@@ -55,29 +65,37 @@ def vectors(features: Tensor) -> Tensor:
 
 
 def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance:
-    """Means and covariance of clean features [N, D] with true labels int64 [N].
+    """Means, covariance and spreads of clean features [N, D] with true labels int64 [N].
 
     The covariance is shrunk towards a multiple of the identity by Ledoit and Wolf's rule (2004), so that it can be inverted from few images; the
     mean of a class is drawn towards the mean of all as if it had one image more there, which defines it for a class without images. Of more than
     MOST dimensions a random projection is compared, which keeps the whitening of wide networks small.
+
+    The spread of a class is the mean squared distance of its images, each from where the mean would lie without it, as it is for an image that comes later;
+    it is drawn towards that of all classes in the same way.
     """
     features, labels = features.double().cpu(), labels.cpu()
     n, d = features.shape
     origin = features.mean(0)
     features = features - origin
-    totals = torch.zeros(num_classes, d, dtype=torch.float64).index_add_(0, labels, features)
-    means = totals / (torch.bincount(labels, minlength=num_classes).double()[:, None] + 1)
+    count = torch.bincount(labels, minlength=num_classes).double()
+    means = torch.zeros(num_classes, d, dtype=torch.float64).index_add_(0, labels, features) / (count + 1)[:, None]
     projection = torch.eye(d, dtype=torch.float64) if d <= MOST else _projection(d)  # [D, K]
     centred = (features - means[labels]) @ projection
     covariance = centred.T @ centred / n  # [K, K]
     identity, scale = torch.eye(len(covariance), dtype=torch.float64), covariance.diagonal().mean()
-    spread = (covariance - scale * identity).square().sum()
+    dispersion = (covariance - scale * identity).square().sum()
     # Mean squared distance of one image's outer product from the covariance: |x|^4 - 2 x'Cx + |C|^2, averaged.
     noise = (centred.square().sum(1).square().mean() - covariance.square().sum()) / n
-    shrinkage = float((noise / spread).clamp(0, 1)) if spread > 0 else 1.0
+    shrinkage = float((noise / dispersion).clamp(0, 1)) if dispersion > 0 else 1.0
     shrunk = (1 - shrinkage) * covariance + max(shrinkage, 1e-3) * scale.clamp(min=1e-12) * identity
     whitening = (projection @ torch.linalg.cholesky(torch.linalg.inv(shrunk))).bfloat16()
-    return Distance(origin.float(), (means @ whitening.double()).bfloat16(), whitening)
+    distance = Distance(origin.float(), (means @ whitening.double()).bfloat16(), whitening, torch.ones(num_classes))
+    # Without itself among them, an image is farther from the mean of n images and one at the origin by a factor of (n + 1) / n.
+    apart = distance.squared((features + origin).float(), labels) * (1 + 1 / count[labels]).square()
+    spread = (torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, apart) + apart.mean()) / (count + 1)
+    distance.spread.copy_(spread.clamp(min=1e-6))
+    return distance
 
 
 def _projection(d: int) -> Tensor:

@@ -90,7 +90,7 @@ class Engine:
                 state = GuardState()
             live = _with_state(loaded, state)  # raises before anything changes where this version cannot promise the target FPR
             self.registry.activate(guard, version)
-            self._live[guard] = live
+            self._serve(live)
             give_back_memory()
             return live
 
@@ -101,10 +101,11 @@ class Engine:
             if state.active is None:
                 return None
             live = self._live.get(guard)
-            if live is None or live.version != state.active:
-                live = self._load(guard, state.active)
-            self._live[guard] = _with_state(live, state)
-            return self._live[guard]
+            if live is not None and live.version == state.active:
+                return self._serve(_with_state(live, state))
+            live = self._serve(_with_state(self._load(guard, state.active), state))
+            give_back_memory()
+            return live
 
     def configure(self, guard: str, mode: Mode | None, target_fpr: float | None) -> None:
         """Change what the operator decided. Raises FprUnreachable, before anything changes, where the validation scores cannot promise the target."""
@@ -117,7 +118,7 @@ class Engine:
                 conformal_threshold(live.validation_scores, target_fpr)
             state = self.registry.configure(guard, mode=mode, target_fpr=target_fpr)
             if live is not None:
-                self._live[guard] = _with_state(live, state)
+                self._serve(_with_state(live, state))
 
     def run(self, live: LiveGuard, pixels: list[Tensor]) -> list[Outcome]:
         """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""
@@ -130,6 +131,10 @@ class Engine:
         expert, auxiliary = ([None if math.isnan(value) else value for value in values.tolist()] for values in (judged.expert, judged.auxiliary))
         columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), expert, auxiliary)
         return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
+
+    def _serve(self, live: LiveGuard) -> LiveGuard:
+        self._live[live.name] = live
+        return live
 
     def _load(self, guard: str, version: int) -> LiveGuard:
         loaded = bundle.read(self.registry.folder(guard, version), self.device)

@@ -1,6 +1,6 @@
 """The feature distance alone (Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks").
 
-What our guard's score has as one of its three kinds of evidence: how far the features before the head lie from those of the predicted class.
+One of the three kinds of evidence in our guard's score, in its plain form: how far the features before the head lie from those of the predicted class.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ class Mahalanobis(Detector):
     def score(self, pixels: Tensor) -> Tensor:
         features, prediction = self._features(pixels)
         with torch.inference_mode():
-            distance: Tensor = self.distance(features, prediction)
+            distance: Tensor = self.distance.squared(features, prediction)
         return -distance.cpu()

@@ -150,11 +150,12 @@ def test_a_guard_that_judges_otherwise_where_it_is_served_is_refused(tmp_path: P
 
 
 def test_a_bundle_of_the_schema_before_judges_as_it_did(tmp_path: Path) -> None:
-    """It knew one distance, stored by its means, and asked the auxiliary about every image."""
+    """It knew one distance, stored by its means, with no spread of each class, and asked the auxiliary about every image."""
     guard, _ = make(tmp_path)
     assert guard.scales is not None
     assert guard.cuts is not None
     distance, scales, cuts = guard.distances[-1], guard.scales, guard.cuts
+    distance.spread = torch.ones_like(distance.spread)
     old = {"means": distance.centres.float() @ torch.linalg.pinv(distance.whitening.float()) + distance.origin, "whitening": distance.whitening.float()}
     data = safetensors.torch.save(old)
     (tmp_path / "distance.safetensors").write_bytes(data)

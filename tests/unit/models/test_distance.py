@@ -18,7 +18,24 @@ def clusters(n: int, d: int, classes: int, seed: int = 0) -> tuple[torch.Tensor,
 
 def test_squared_distances_of_its_own_class_average_the_dimension() -> None:
     features, labels = clusters(4000, 16, 4)
-    assert fit_distance(features, labels, 4)(features, labels).mean().item() == pytest.approx(16, rel=0.15)  # shrinking takes a little
+    assert fit_distance(features, labels, 4).squared(features, labels).mean().item() == pytest.approx(16, rel=0.15)  # shrinking takes a little
+
+
+def test_a_class_of_few_and_one_of_wide_images_are_no_farther_than_others() -> None:
+    """Of classes with 4, 40 and 400 images, and one that scatters thrice as wide, images that come later are as far as is usual."""
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([4, 40, 400, 400]))
+    source = torch.Generator().manual_seed(0)
+    centres, width = 20 * torch.randn(4, 32, generator=source), torch.tensor([1.0, 1.0, 1.0, 3.0])
+
+    def drawn(of: torch.Tensor) -> torch.Tensor:
+        return centres[of] + width[of, None] * torch.randn(len(of), 32, generator=source)
+
+    distance, later = fit_distance(drawn(labels), labels, 4), torch.arange(4).repeat_interleave(500)
+    usual = distance(drawn(later), later).view(4, 500).mean(1)
+    assert usual[1:].tolist() == pytest.approx([1, 1, 1], rel=0.25)
+    assert 0.5 < usual[0] < 2  # four images tell little of their spread
+    squared = distance.squared(drawn(later), later).view(4, 500).mean(1)
+    assert squared.max() > 5 * squared.min()
 
 
 def test_features_of_another_class_are_far() -> None:

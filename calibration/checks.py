@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.threshold import Threshold
+
+CHANCE = 0.01  # of a warning where there is nothing to warn of
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,29 @@ def degenerate_scores(distinct: int, n: int) -> Caution | None:
     if distinct < 0.9 * n:
         return Caution("degenerate-scores", f"Only {distinct} of {n} validation scores differ from one another.")
     return None
+
+
+def uneven_rejections(rejected: Tensor, labels: Tensor, names: Sequence[str]) -> Caution | None:
+    """The promise is one over all classes: where false rejections gather in one of them, its images fare worse. rejected: bool [n], labels: int64 [n].
+
+    Told of the class in which chance would least have put so many (hypergeometric), where that is less likely than CHANCE over as many classes as there are.
+    """
+    n, all_rejected = len(labels), int(rejected.sum())
+    images, of_class = (torch.bincount(each, minlength=len(names)).tolist() for each in (labels, labels[rejected]))
+
+    def chance(label: int) -> float:
+        inside, most = images[label], min(images[label], all_rejected)
+        ways = sum(math.comb(inside, k) * math.comb(n - inside, all_rejected - k) for k in range(of_class[label], most + 1))
+        return ways / math.comb(n, all_rejected)
+
+    worst = min((label for label in range(len(names)) if of_class[label]), key=chance, default=None)
+    if worst is None or chance(worst) * len(names) >= CHANCE:
+        return None
+    return Caution(
+        "uneven-rejections",
+        f"Of {images[worst]} validation images of class {names[worst]!r} {of_class[worst]} are rejected, of all {n} images {all_rejected}: "
+        "that class is not promised the rate that all classes together are.",
+    )
 
 
 def low_power(canaries: Sequence[dict[str, Any]]) -> Caution | None:

@@ -58,6 +58,7 @@ def summarise(
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
+        checks.uneven_rejections(judged.score < threshold.value, material.validation.labels.cpu(), clean.names),
         checks.no_canary_took(canaries),
         checks.low_power(canaries),
         checks.sampled(material.left_out, sum(images.values())),

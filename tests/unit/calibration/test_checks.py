@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from calibration import checks
 
@@ -37,6 +38,34 @@ def test_it_is_told_where_nothing_could_be_planted() -> None:
     assert "30%" in found.detail
     assert checks.no_canary_took(canaries(None, 0.1)) is None
     assert checks.no_canary_took([]) is None  # none were asked for
+
+
+@pytest.mark.parametrize(
+    ("rejected", "told"),
+    [({0: 1, 1: 1, 2: 1, 3: 1}, False), ({0: 2, 1: 2}, False), ({}, False), ({3: 4}, True), ({3: 3, 0: 1, 1: 1, 2: 1}, True), ({0: 6}, False)],
+    ids=str,
+)
+def test_it_is_told_where_false_rejections_gather_in_a_class(rejected: dict[int, int], told: bool) -> None:
+    """Of classes with 400, 300, 90 and 10 validation images."""
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([400, 300, 90, 10]))
+    marks = torch.zeros(800, dtype=torch.bool)
+    for label, count in rejected.items():
+        marks[(labels == label).nonzero()[:count]] = True
+    found = checks.uneven_rejections(marks, labels, ("a", "b", "c", "rare"))
+    assert (found is not None) == told
+    if found is not None:
+        assert f"Of 10 validation images of class 'rare' {rejected[3]} are rejected, of all 800 images {sum(rejected.values())}" in found.detail
+
+
+def test_chance_alone_seldom_warns_of_uneven_rejections() -> None:
+    source = torch.Generator().manual_seed(0)
+    labels, names = torch.arange(800) % 43, tuple(map(str, range(43)))
+    warned = 0
+    for _ in range(300):
+        marks = torch.zeros(800, dtype=torch.bool)
+        marks[torch.randperm(800, generator=source)[:8]] = True
+        warned += checks.uneven_rejections(marks, labels, names) is not None
+    assert warned <= 6
 
 
 def test_every_warning_has_a_section() -> None:

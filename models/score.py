@@ -15,7 +15,8 @@ clean images and contributes about -log of the share of those that are as suspic
 
 which is what the upper tail of a logistic distribution gives: it goes on growing beyond the last clean image, and no clean-looking piece of evidence
 cancels another that is alarming. There are three kinds: logit x, -logit y, and the distance of the suspect's own features from those of the predicted
-class, for which exp(z) is averaged over the places where it is measured, so that one place is enough and the others add no noise:
+class, in units of what is usual for that class; exp(z) is averaged over the places where it is measured, so that one place is enough and the others add no
+noise:
 
     score = - surprise(logit x) - surprise(log mean exp z of the distances) - [the first two reach the gate] surprise(-logit y)
 

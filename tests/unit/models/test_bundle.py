@@ -149,27 +149,47 @@ def test_a_guard_that_judges_otherwise_where_it_is_served_is_refused(tmp_path: P
         bundle.check(replace(read, description=known, reference=reference))
 
 
-def test_a_bundle_of_the_schema_before_judges_as_it_did(tmp_path: Path) -> None:
+def as_of_schema(folder: Path, schema: int, distances: dict[str, torch.Tensor], **changed: object) -> None:
+    """Make the bundle in a folder one that an older version wrote."""
+    data = safetensors.torch.save(distances)
+    (folder / "distance.safetensors").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = {**manifest["content"], "schema": schema, **changed}
+    content["sha256"]["distance"] = hashlib.sha256(data).hexdigest()
+    bundle_id = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "content": content, "bundle_id": bundle_id}))
+
+
+def without_spreads(guard: Guard) -> Guard:
+    """Its distances count as they are."""
+    for distance in guard.distances:
+        distance.spread = torch.ones_like(distance.spread)
+    return guard
+
+
+def test_a_bundle_of_the_second_schema_judges_as_it_did(tmp_path: Path) -> None:
     """It knew one distance, stored by its means, with no spread of each class, and asked the auxiliary about every image."""
-    guard, _ = make(tmp_path)
+    guard = without_spreads(make(tmp_path)[0])
     assert guard.scales is not None
     assert guard.cuts is not None
     distance, scales, cuts = guard.distances[-1], guard.scales, guard.cuts
-    distance.spread = torch.ones_like(distance.spread)
     old = {"means": distance.centres.float() @ torch.linalg.pinv(distance.whitening.float()) + distance.origin, "whitening": distance.whitening.float()}
-    data = safetensors.torch.save(old)
-    (tmp_path / "distance.safetensors").write_bytes(data)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    content = manifest["content"]
-    content["schema"] = 2
-    content["cuts"] = {"experts": cuts.experts, "features": cuts.places[-1]}
-    content["scales"] = [vars(scales.expert), vars(scales.auxiliary), vars(scales.distances[-1])]
-    content["sha256"]["distance"] = hashlib.sha256(data).hexdigest()
-    manifest["bundle_id"] = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    known = {
+        "cuts": {"experts": cuts.experts, "features": cuts.places[-1]},
+        "scales": [vars(scales.expert), vars(scales.auxiliary), vars(scales.distances[-1])],
+    }
+    as_of_schema(tmp_path, 2, old, **known)
     one = Fusion([distance], replace(scales, distances=scales.distances[-1:], gate=0.0))
     alone = Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=Cuts(cuts.experts, cuts.places[-1:]), fusion=one)
     pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     judged = bundle.read(tmp_path).guard.judge(pixels)
     torch.testing.assert_close(judged.score, alone.judge(pixels).score, rtol=1e-3, atol=1e-3)
     assert judged.auxiliary.isfinite().all()
+
+
+def test_a_bundle_of_the_fourth_schema_judges_as_it_did(tmp_path: Path) -> None:
+    """It knew no spread of each class."""
+    guard = without_spreads(make(tmp_path)[0])
+    as_of_schema(tmp_path, 4, {key: value for key, value in guard.distances.state_dict().items() if not key.endswith("spread")})
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(bundle.read(tmp_path).guard.judge(pixels).score, guard.judge(pixels).score, rtol=1e-5, atol=1e-5)

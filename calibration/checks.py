@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.threshold import Threshold
+from models.threshold import Threshold, log_choose
 
 CHANCE = 0.01  # of a warning where there is nothing to warn of
 
@@ -60,17 +60,17 @@ def uneven_rejections(rejected: Tensor, labels: Tensor, names: Sequence[str]) ->
     """The promise is one over all classes: where false rejections gather in one of them, its images fare worse. rejected: bool [n], labels: int64 [n].
 
     Told of the class in which chance would least have put so many (hypergeometric), where that is less likely than CHANCE over as many classes as there are.
+    Of a class with three validation images or four that takes nearly all of them.
     """
     n, all_rejected = len(labels), int(rejected.sum())
     images, of_class = (torch.bincount(each, minlength=len(names)).tolist() for each in (labels, labels[rejected]))
 
-    def chance(label: int) -> float:
-        inside, most = images[label], min(images[label], all_rejected)
-        ways = sum(math.comb(inside, k) * math.comb(n - inside, all_rejected - k) for k in range(of_class[label], most + 1))
-        return ways / math.comb(n, all_rejected)
+    def chance(inside: int, hit: int) -> float:
+        ways = (log_choose(inside, k) + log_choose(n - inside, all_rejected - k) for k in range(hit, min(inside, all_rejected) + 1))
+        return sum(math.exp(each - log_choose(n, all_rejected)) for each in ways)
 
-    worst = min((label for label in range(len(names)) if of_class[label]), key=chance, default=None)
-    if worst is None or chance(worst) * len(names) >= CHANCE:
+    least, worst = min(((chance(images[label], of_class[label]), label) for label in range(len(names)) if of_class[label]), default=(1.0, 0))
+    if least * len(names) >= CHANCE:
         return None
     return Caution(
         "uneven-rejections",

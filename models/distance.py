@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 MOST = 512  # dimensions that are compared at one place
+LEAST_SPREAD = 0.5  # of a class, as a share of that of all images
 
 
 class Distance(nn.Module):
@@ -71,8 +72,10 @@ def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance
     mean of a class is drawn towards the mean of all as if it had one image more there, which defines it for a class without images. Of more than
     MOST dimensions a random projection is compared, which keeps the whitening of wide networks small.
 
-    The spread of a class is the mean squared distance of its images, each from where the mean would lie without it, as it is for an image that comes later;
-    it is drawn towards that of all classes in the same way.
+    The spread of a class is the mean squared distance of its images, each from where the mean would lie without it; it is drawn towards that of all images
+    in the same way. With few images it errs a little to the lenient side, since a mean without one of them lies farther off. It is at least half of that of
+    all images: near-duplicates would otherwise make a class look tighter than it is. A class without images has that of all images from where its mean is
+    taken to be.
     """
     features, labels = features.double().cpu(), labels.cpu()
     n, d = features.shape
@@ -91,11 +94,18 @@ def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance
     shrunk = (1 - shrinkage) * covariance + max(shrinkage, 1e-3) * scale.clamp(min=1e-12) * identity
     whitening = (projection @ torch.linalg.cholesky(torch.linalg.inv(shrunk))).bfloat16()
     distance = Distance(origin.float(), (means @ whitening.double()).bfloat16(), whitening, torch.ones(num_classes))
-    # Without itself among them, an image is farther from the mean of n images and one at the origin by a factor of (n + 1) / n.
-    apart = distance.squared((features + origin).float(), labels) * (1 + 1 / count[labels]).square()
-    spread = (torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, apart) + apart.mean()) / (count + 1)
-    distance.spread.copy_(spread.clamp(min=1e-6))
+    distance.spread.copy_(_spread(distance, (features + origin).float(), labels, count))
     return distance
+
+
+def _spread(distance: Distance, features: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+    """What is usual for each class, float64 [C]; count: images of each, float64 [C]."""
+    # Without itself among them, an image is farther from the mean of n images and one at the origin by a factor of (n + 1) / n.
+    apart = distance.squared(features, labels) * (1 + 1 / count[labels]).square()
+    usual = apart.mean()
+    spread = (torch.zeros_like(count).index_add_(0, labels, apart) + usual) / (count + 1)
+    from_origin = ((features - distance.origin) @ distance.whitening.float()).double().square().sum(1).mean()
+    return torch.where(count > 0, spread.clamp(min=LEAST_SPREAD * usual), from_origin).clamp(min=1e-6)
 
 
 def _projection(d: int) -> Tensor:

@@ -56,7 +56,7 @@ def _rejections(rank: int, n: int, images: int, level: float) -> tuple[int, int]
     a, b, total, found = rank, n + 1 - rank, 0.0, [0, images]
     tail = (1 - level) / 2
     for j in range(images + 1):
-        total += math.exp(_log_choose(images, j) + _log_beta(j + a, images - j + b) - _log_beta(a, b))
+        total += math.exp(log_choose(images, j) + _log_beta(j + a, images - j + b) - _log_beta(a, b))
         if total <= tail:
             found[0] = j + 1
         if total >= 1 - tail:
@@ -65,7 +65,8 @@ def _rejections(rank: int, n: int, images: int, level: float) -> tuple[int, int]
     return found[0], found[1]
 
 
-def _log_choose(n: int, k: int) -> float:
+def log_choose(n: int, k: int) -> float:
+    """The logarithm of n! / (k! (n - k)!), for 0 <= k <= n."""
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 

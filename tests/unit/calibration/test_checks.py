@@ -65,10 +65,11 @@ def test_chance_alone_seldom_warns_of_uneven_rejections() -> None:
         marks = torch.zeros(800, dtype=torch.bool)
         marks[torch.randperm(800, generator=source)[:8]] = True
         warned += checks.uneven_rejections(marks, labels, names) is not None
-    assert warned <= 6
+    assert warned <= 3
 
 
 def test_every_warning_has_a_section() -> None:
-    codes = set(re.findall(r'Caution\("([a-z-]+)"', inspect.getsource(checks)))
-    assert len(codes) > 8
+    source = inspect.getsource(checks)
+    codes = set(re.findall(r'return \[?Caution\(\s*"([a-z-]+)"', source))
+    assert len(codes) == len(re.findall(r"return \[?Caution\(", source)) > 8
     assert codes <= set(re.findall(r"^## ([a-z-]+)$", DOC.read_text(), re.M))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,11 @@ from models import architectures, bundle
 from models.errors import BundleNotReady
 from models.guard import Cuts, Fusion, Guard
 from models.preprocessing import Preprocessing
+from models.score import Scale
 from models.threshold import conformal_threshold
 from models.trunk import choose_cut, places, tail_copy
+
+PIXELS = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def make(folder: Path, seed: int = 0, cut: bool = True) -> tuple[Guard, str]:
@@ -161,10 +164,15 @@ def as_of_schema(folder: Path, schema: int, distances: dict[str, torch.Tensor], 
 
 
 def without_spreads(guard: Guard) -> Guard:
-    """Its distances count as they are."""
-    for distance in guard.distances:
+    """Its distances count as they are, and lie as far beyond what is usual as before."""
+    assert guard.scales is not None
+    scales = []
+    for distance, scale in zip(guard.distances, guard.scales.distances, strict=True):
+        unit = distance.spread.mean().item()
+        scales.append(Scale(scale.median * unit, scale.excess * unit))
         distance.spread = torch.ones_like(distance.spread)
-    return guard
+    fusion = Fusion(list(guard.distances), replace(guard.scales, distances=tuple(scales)))
+    return Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=guard.cuts, fusion=fusion, c=guard.c)
 
 
 def test_a_bundle_of_the_second_schema_judges_as_it_did(tmp_path: Path) -> None:
@@ -181,15 +189,22 @@ def test_a_bundle_of_the_second_schema_judges_as_it_did(tmp_path: Path) -> None:
     as_of_schema(tmp_path, 2, old, **known)
     one = Fusion([distance], replace(scales, distances=scales.distances[-1:], gate=0.0))
     alone = Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=Cuts(cuts.experts, cuts.places[-1:]), fusion=one)
-    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    judged = bundle.read(tmp_path).guard.judge(pixels)
-    torch.testing.assert_close(judged.score, alone.judge(pixels).score, rtol=1e-3, atol=1e-3)
+    judged = bundle.read(tmp_path).guard.judge(PIXELS)
+    torch.testing.assert_close(judged.score, alone.judge(PIXELS).score, rtol=1e-3, atol=1e-3)
     assert judged.auxiliary.isfinite().all()
 
 
-def test_a_bundle_of_the_fourth_schema_judges_as_it_did(tmp_path: Path) -> None:
-    """It knew no spread of each class."""
+@pytest.mark.parametrize(("schema", "unknown"), [(3, ("origin", "spread")), (4, ("spread",))], ids=["schema 3", "schema 4"])
+def test_a_bundle_with_less_about_its_distances_judges_as_it_did(tmp_path: Path, schema: int, unknown: tuple[str, ...]) -> None:
     guard = without_spreads(make(tmp_path)[0])
-    as_of_schema(tmp_path, 4, {key: value for key, value in guard.distances.state_dict().items() if not key.endswith("spread")})
-    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(bundle.read(tmp_path).guard.judge(pixels).score, guard.judge(pixels).score, rtol=1e-5, atol=1e-5)
+    assert guard.scales is not None
+    for distance in guard.distances:
+        if "origin" in unknown:
+            distance.origin = torch.zeros_like(distance.origin)
+    kept = {key: value for key, value in guard.distances.state_dict().items() if not key.endswith(unknown)}
+    as_of_schema(tmp_path, schema, kept, scales=asdict(guard.scales))
+    read = bundle.read(tmp_path).guard
+    assert guard.distances.state_dict().keys() == read.distances.state_dict().keys()
+    for key, value in read.distances.state_dict().items():
+        assert torch.equal(value, guard.distances.state_dict()[key]), key
+    torch.testing.assert_close(read.judge(PIXELS).score, guard.judge(PIXELS).score, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.distance import MOST, fit_distance, vectors
+from models.distance import LEAST_SPREAD, MOST, fit_distance, vectors
 
 
 def clusters(n: int, d: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,10 +22,10 @@ def test_squared_distances_of_its_own_class_average_the_dimension() -> None:
 
 
 def test_a_class_of_few_and_one_of_wide_images_are_no_farther_than_others() -> None:
-    """Of classes with 4, 40 and 400 images, and one that scatters thrice as wide, images that come later are as far as is usual."""
-    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([4, 40, 400, 400]))
+    """Of classes with 4, 40 and 400 images, and one that scatters twice as wide, images that come later are as far as is usual."""
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([4, 40, 400, 100]))
     source = torch.Generator().manual_seed(0)
-    centres, width = 20 * torch.randn(4, 32, generator=source), torch.tensor([1.0, 1.0, 1.0, 3.0])
+    centres, width = 20 * torch.randn(4, 32, generator=source), torch.tensor([1.0, 1.0, 1.0, 2.0])
 
     def drawn(of: torch.Tensor) -> torch.Tensor:
         return centres[of] + width[of, None] * torch.randn(len(of), 32, generator=source)
@@ -35,7 +35,39 @@ def test_a_class_of_few_and_one_of_wide_images_are_no_farther_than_others() -> N
     assert usual[1:].tolist() == pytest.approx([1, 1, 1], rel=0.25)
     assert 0.5 < usual[0] < 2  # four images tell little of their spread
     squared = distance.squared(drawn(later), later).view(4, 500).mean(1)
-    assert squared.max() > 5 * squared.min()
+    assert squared.max() > 2.5 * squared.min()
+
+
+def test_the_spread_of_a_class_is_the_mean_distance_of_its_images_from_the_mean_of_the_others() -> None:
+    """A class of one, of two and of five images; the mean of all counts as one image more, of the mean and of the spread."""
+    labels = torch.tensor([0] + [1] * 2 + [2] * 5 + [3] * 200)
+    features = torch.randn(len(labels), 8, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(8)[labels]
+    distance = fit_distance(features, labels, 4)
+    whitened = (features - features.mean(0)) @ distance.whitening.float()
+    apart = torch.empty(len(labels))
+    for row, label in enumerate(labels):
+        others = (labels == label) & (torch.arange(len(labels)) != row)
+        apart[row] = (whitened[row] - whitened[others].sum(0) / (others.sum() + 1)).square().sum()
+    expected = [(apart[labels == label].sum() + apart.mean()) / ((labels == label).sum() + 1) for label in range(4)]
+    assert distance.spread.tolist() == pytest.approx([max(each.item(), LEAST_SPREAD * apart.mean().item()) for each in expected], rel=0.02)  # bfloat16
+
+
+def test_near_duplicates_do_not_make_a_class_look_tight() -> None:
+    """Another image of a class whose images were all but the same is not much farther than another image of other classes."""
+    labels = torch.arange(400) % 8
+    source = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 16, generator=source) + 10 * torch.eye(16)[labels]
+    features[labels == 0] = features[0] + 0.01 * torch.randn(50, 16, generator=source)
+    distance = fit_distance(features, labels, 8)
+    later = torch.randn(400, 16, generator=source) + 10 * torch.eye(16)[labels]
+    usual = torch.stack([distance(later, labels)[labels == label].mean() for label in range(8)])
+    assert usual[0] < 6 * usual[1:].mean()
+
+
+def test_an_image_of_a_class_without_images_is_as_far_as_images_are_from_the_mean_of_all() -> None:
+    features, labels = clusters(300, 8, 3)
+    distance = fit_distance(features, labels, 4)
+    assert distance(features, torch.full_like(labels, 3)).mean().item() == pytest.approx(1, rel=0.05)
 
 
 def test_features_of_another_class_are_far() -> None:

@@ -27,7 +27,7 @@ def test_what_is_free_between_pieces_that_stay_goes_back_to_the_system() -> None
 
 
 def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the version came to be the active one; a change of the mode loads nothing."""
+    """When a server starts and when it activates; a change of the mode or the target loads nothing."""
     registry, given_back = make_registry(tmp_path), []
     monkeypatch.setattr("service.engine.give_back_memory", lambda: given_back.append(True))
     engine = Engine(registry, torch.device("cpu"))
@@ -44,3 +44,7 @@ def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path:
     assert live.version == 2
     assert engine.live("cifar") is live
     assert len(given_back) == 2
+    assert engine.activate("cifar", 1).version == 1
+    assert len(given_back) == 3
+    engine.configure("cifar", mode="enforce", target_fpr=0.1)
+    assert len(given_back) == 3

@@ -63,11 +63,12 @@ def uneven_rejections(rejected: Tensor, labels: Tensor, names: Sequence[str]) ->
     Of a class with three validation images or four that takes nearly all of them.
     """
     n, all_rejected = len(labels), int(rejected.sum())
+    all_ways = log_choose(n, all_rejected)
     images, of_class = (torch.bincount(each, minlength=len(names)).tolist() for each in (labels, labels[rejected]))
 
     def chance(inside: int, hit: int) -> float:
         ways = (log_choose(inside, k) + log_choose(n - inside, all_rejected - k) for k in range(hit, min(inside, all_rejected) + 1))
-        return sum(math.exp(each - log_choose(n, all_rejected)) for each in ways)
+        return sum(math.exp(each - all_ways) for each in ways)
 
     least, worst = min(((chance(images[label], of_class[label]), label) for label in range(len(names)) if of_class[label]), default=(1.0, 0))
     if least * len(names) >= CHANCE:

@@ -45,7 +45,11 @@ class Distance(nn.Module):
 
     def squared(self, features: Tensor, prediction: Tensor) -> Tensor:
         """The squared distances themselves, float64 [N]."""
-        return ((features - self.origin) @ self.whitening.float() - self.centres[prediction].float()).double().square().sum(1)
+        return (self.whitened(features) - self.centres[prediction].float()).double().square().sum(1)
+
+    def whitened(self, features: Tensor) -> Tensor:
+        """Features as the centres are, float32 [N, K]."""
+        return (features - self.origin) @ self.whitening.float()
 
 
 def vectors(features: Tensor) -> Tensor:
@@ -80,11 +84,11 @@ def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance
     features, labels = features.double().cpu(), labels.cpu()
     n, d = features.shape
     origin = features.mean(0)
-    features = features - origin
+    offsets = features - origin
     count = torch.bincount(labels, minlength=num_classes).double()
-    means = torch.zeros(num_classes, d, dtype=torch.float64).index_add_(0, labels, features) / (count + 1)[:, None]
+    means = torch.zeros(num_classes, d, dtype=torch.float64).index_add_(0, labels, offsets) / (count + 1)[:, None]
     projection = torch.eye(d, dtype=torch.float64) if d <= MOST else _projection(d)  # [D, K]
-    centred = (features - means[labels]) @ projection
+    centred = (offsets - means[labels]) @ projection
     covariance = centred.T @ centred / n  # [K, K]
     identity, scale = torch.eye(len(covariance), dtype=torch.float64), covariance.diagonal().mean()
     dispersion = (covariance - scale * identity).square().sum()
@@ -94,7 +98,7 @@ def fit_distance(features: Tensor, labels: Tensor, num_classes: int) -> Distance
     shrunk = (1 - shrinkage) * covariance + max(shrinkage, 1e-3) * scale.clamp(min=1e-12) * identity
     whitening = (projection @ torch.linalg.cholesky(torch.linalg.inv(shrunk))).bfloat16()
     distance = Distance(origin.float(), (means @ whitening.double()).bfloat16(), whitening, torch.ones(num_classes))
-    distance.spread.copy_(_spread(distance, (features + origin).float(), labels, count))
+    distance.spread.copy_(_spread(distance, features.float(), labels, count))
     return distance
 
 
@@ -104,7 +108,7 @@ def _spread(distance: Distance, features: Tensor, labels: Tensor, count: Tensor)
     apart = distance.squared(features, labels) * (1 + 1 / count[labels]).square()
     usual = apart.mean()
     spread = (torch.zeros_like(count).index_add_(0, labels, apart) + usual) / (count + 1)
-    from_origin = ((features - distance.origin) @ distance.whitening.float()).double().square().sum(1).mean()
+    from_origin = distance.whitened(features).double().square().sum(1).mean()
     return torch.where(count > 0, spread.clamp(min=LEAST_SPREAD * usual), from_origin).clamp(min=1e-6)
 
 

@@ -31,10 +31,10 @@ from models.score import Scale
 from models.threshold import Threshold
 
 CPU = torch.device("cpu")
-SCHEMA = 5
+SCHEMA = 6
 # The first knew no architecture_options, and no preprocessing with another aspect; the second one distance, and no gate; the third no images to check with;
-# the fourth distances without a spread of each class.
-READABLE = (1, 2, 3, 4, SCHEMA)
+# the fourth distances without a spread of each class; the fifth did not compare the auxiliary with the suspect.
+READABLE = (1, 2, 3, 4, 5, SCHEMA)
 _WEIGHTS = ("suspect", "experts", "auxiliary", "distance", "validation")
 _REPORTS = ("report.json", "report.html")
 
@@ -216,8 +216,11 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise BundleNotReady("The bundle's manifest is missing or damaged.") from error
 
 
-def _scales(expert: dict[str, float], distances: list[dict[str, float]], auxiliary: dict[str, float], gate: float) -> Scales:
-    return Scales(Scale(**expert), tuple(Scale(**scale) for scale in distances), Scale(**auxiliary), gate)
+def _scales(
+    expert: dict[str, float], distances: list[dict[str, float]], auxiliary: dict[str, float], gate: float, shortfall: dict[str, float] | None = None
+) -> Scales:
+    compared = None if shortfall is None else Scale(**shortfall)
+    return Scales(Scale(**expert), tuple(Scale(**scale) for scale in distances), Scale(**auxiliary), compared, gate)
 
 
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,13 @@ clean images and contributes about -log of the share of those that are as suspic
     surprise = log(1 + exp(z)),  z = (value - median) / (mean excess over the median)
 
 which is what the upper tail of a logistic distribution gives: it goes on growing beyond the last clean image, and no clean-looking piece of evidence
-cancels another that is alarming. There are three kinds: logit x, -logit y, and the distance of the suspect's own features from those of the predicted
-class, in units of what is usual for that class; exp(z) is averaged over the places where it is measured, so that one place is enough and the others add no
-noise:
+cancels another that is alarming. There are four kinds. Two cost no network: logit x, and the distance of the suspect's own features from those of the
+predicted class, in units of what is usual for that class; exp(z) is averaged over the places where it is measured, so that one place is enough and the
+others add no noise. Two come of the auxiliary: -logit y, and how far that falls short of the suspect's own confidence m = softmax(M)[p]. An auxiliary also
+parts with the suspect where the suspect errs; but there the suspect is seldom sure, and of a backdoor it mostly is:
 
-    score = - surprise(logit x) - surprise(log mean exp z of the distances) - [the first two reach the gate] surprise(-logit y)
+    score = - surprise(logit x) - surprise(log mean exp z of the distances)
+            - [the first two reach the gate] (surprise(-logit y) + surprise(logit m - logit y))
 
 What the first two say costs next to nothing. Behind the gate lie the few clean images that they find most suspicious, three times as many as may be
 rejected; all others score better than any of these, and for them the auxiliary never runs.

@@ -1,6 +1,6 @@
 """The feature distance alone (Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks").
 
-One of the three kinds of evidence in our guard's score, in its plain form: how far the features before the head lie from those of the predicted class.
+One kind of the evidence in our guard's score, in its plain form: how far the features before the head lie from those of the predicted class.
 """
 
 from __future__ import annotations

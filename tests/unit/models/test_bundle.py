@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,7 +16,7 @@ from calibration.finetune import LabelledPixels
 from calibration.fusion import fuse
 from models import architectures, bundle
 from models.errors import BundleNotReady
-from models.guard import Cuts, Fusion, Guard
+from models.guard import Cuts, Fusion, Guard, Scales
 from models.preprocessing import Preprocessing
 from models.score import Scale
 from models.threshold import conformal_threshold
@@ -163,21 +164,26 @@ def as_of_schema(folder: Path, schema: int, distances: dict[str, torch.Tensor], 
     (folder / "manifest.json").write_text(json.dumps({**manifest, "content": content, "bundle_id": bundle_id}))
 
 
-def without_spreads(guard: Guard) -> Guard:
-    """Its distances count as they are, and lie as far beyond what is usual as before."""
+def of_schema_4(guard: Guard) -> Guard:
+    """Its distances count as they are, and lie as far beyond what is usual as before; and its auxiliary is not compared with the suspect."""
     assert guard.scales is not None
     scales = []
     for distance, scale in zip(guard.distances, guard.scales.distances, strict=True):
         unit = distance.spread.mean().item()
         scales.append(Scale(scale.median * unit, scale.excess * unit))
         distance.spread = torch.ones_like(distance.spread)
-    fusion = Fusion(list(guard.distances), replace(guard.scales, distances=tuple(scales)))
+    fusion = Fusion(list(guard.distances), replace(guard.scales, distances=tuple(scales), shortfall=None))
     return Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=guard.cuts, fusion=fusion, c=guard.c)
+
+
+def without_shortfall(scales: Scales) -> dict[str, Any]:
+    """As the manifest had them up to schema 5."""
+    return {name: value for name, value in asdict(scales).items() if name != "shortfall"}
 
 
 def test_a_bundle_of_the_second_schema_judges_as_it_did(tmp_path: Path) -> None:
     """It knew one distance, stored by its means, with no spread of each class, and asked the auxiliary about every image."""
-    guard = without_spreads(make(tmp_path)[0])
+    guard = of_schema_4(make(tmp_path)[0])
     assert guard.scales is not None
     assert guard.cuts is not None
     distance, scales, cuts = guard.distances[-1], guard.scales, guard.cuts
@@ -196,15 +202,27 @@ def test_a_bundle_of_the_second_schema_judges_as_it_did(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("schema", "unknown"), [(3, ("origin", "spread")), (4, ("spread",))], ids=["schema 3", "schema 4"])
 def test_a_bundle_with_less_about_its_distances_judges_as_it_did(tmp_path: Path, schema: int, unknown: tuple[str, ...]) -> None:
-    guard = without_spreads(make(tmp_path)[0])
+    guard = of_schema_4(make(tmp_path)[0])
     assert guard.scales is not None
     for distance in guard.distances:
         if "origin" in unknown:
             distance.origin = torch.zeros_like(distance.origin)
     kept = {key: value for key, value in guard.distances.state_dict().items() if not key.endswith(unknown)}
-    as_of_schema(tmp_path, schema, kept, scales=asdict(guard.scales))
+    as_of_schema(tmp_path, schema, kept, scales=without_shortfall(guard.scales))
     read = bundle.read(tmp_path).guard
     assert guard.distances.state_dict().keys() == read.distances.state_dict().keys()
     for key, value in read.distances.state_dict().items():
         assert torch.equal(value, guard.distances.state_dict()[key]), key
     torch.testing.assert_close(read.judge(PIXELS).score, guard.judge(PIXELS).score, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bundle_that_does_not_compare_the_auxiliary_with_the_suspect_judges_as_it_did(tmp_path: Path) -> None:
+    guard = make(tmp_path)[0]
+    assert guard.scales is not None
+    as_of_schema(tmp_path, 5, guard.distances.state_dict(), scales=without_shortfall(guard.scales))
+    before = Fusion(list(guard.distances), replace(guard.scales, shortfall=None))
+    alone = Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=guard.cuts, fusion=before)
+    score = bundle.read(tmp_path).guard.judge(PIXELS).score
+    torch.testing.assert_close(score, alone.judge(PIXELS).score, rtol=1e-5, atol=1e-5)
+    assert (score >= guard.judge(PIXELS).score).all()
+    assert not torch.equal(score, guard.judge(PIXELS).score)

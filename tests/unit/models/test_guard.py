@@ -22,11 +22,14 @@ def plainly(guard: Guard, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Score and prediction of one image after another, each network as a whole, in the order of the formula."""
     assert guard.cuts is not None
     assert guard.scales is not None
+    assert guard.scales.shortfall is not None
     scores, predictions = [], []
     with torch.inference_mode():
         for image in pixels:
             inputs = guard.preprocessing.normalise(image[None])
-            prediction = guard.suspect(inputs).argmax(1)
+            logits = guard.suspect(inputs)
+            prediction = logits.argmax(1)
+            log_m, log_not_m = log_confidence(logits, prediction)
             shared = split(guard.suspect, guard.cuts.experts)[0](inputs)
             log_x = torch.stack([log_confidence(expert(shared), prediction)[0] for expert in guard.experts]).mean(0)
             z = []
@@ -34,7 +37,8 @@ def plainly(guard: Guard, pixels: Tensor) -> tuple[Tensor, Tensor]:
                 z.append(scale.z(distance(vectors(split(guard.suspect, name)[0](inputs)), prediction)))
             cheap = surprise(guard.scales.expert.z(log_x - torch.log1p(-log_x.exp())), mean_place(torch.stack(z)))
             log_y, log_not_y = log_confidence(guard.auxiliary(inputs), prediction)
-            further = surprise(guard.scales.auxiliary.z(log_not_y - log_y))
+            shortfall = (log_m - log_not_m) - (log_y - log_not_y)
+            further = surprise(guard.scales.auxiliary.z(log_not_y - log_y), guard.scales.shortfall.z(shortfall))
             scores.append(-(cheap + further * (cheap >= guard.scales.gate)))
             predictions.append(prediction)
     return torch.cat(scores), torch.cat(predictions)

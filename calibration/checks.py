@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.threshold import Threshold, log_choose
+from models.threshold import Threshold, conformal_threshold, log_choose
 
 CHANCE = 0.01  # of a warning where there is nothing to warn of
+MOSTLY, FEW = 0.8, 5  # errors among rejected images; of fewer images than that a share says nothing
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,25 @@ def uneven_rejections(rejected: Tensor, labels: Tensor, names: Sequence[str]) ->
         "uneven-rejections",
         f"Of {images[worst]} validation images of class {names[worst]!r} {of_class[worst]} are rejected, of all {n} images {all_rejected}: "
         "that class is not promised the rate that all classes together are.",
+    )
+
+
+def own_errors(scores: Tensor, right: Tensor, threshold: Threshold) -> Caution | None:
+    """Where the target is taken up by what the suspect gets wrong, triggered images that look like its errors pass.
+
+    scores: float64 [n], right: whether the suspect is, bool [n]. Told with the target at which, of the images that it gets right, as large a share would be
+    rejected as is now of all.
+    """
+    rejected = scores < threshold.value
+    count, wrong = int(rejected.sum()), int((rejected & ~right).sum())
+    if count < FEW or wrong < MOSTLY * count:
+        return None
+    ample = conformal_threshold(scores[right], max(threshold.target_fpr, 1.001 / (int(right.sum()) + 1)))
+    target = (int((scores < ample.value).sum()) + 1) / (threshold.n + 1)
+    return Caution(
+        "own-errors",
+        f"Of {count} rejected validation images the suspect gets {wrong} wrong itself: the target of {threshold.target_fpr:.2%} is taken up by its errors. "
+        f"With one of {target:.2%}, {ample.target_fpr:.2%} of the images that it gets right would be rejected.",
     )
 
 

@@ -65,7 +65,7 @@ def calibrate(
         if not judged.score.isfinite().all():
             raise TrainingDiverged
         threshold = conformal_threshold(judged.score, config.target_fpr)
-        accuracies = measure_accuracies(guard, material, trained, judged)
+        accuracies = measure_accuracies(guard, material, judged, threshold)
     with tracker.stage("report"):
         from calibration.report import render  # imports matplotlib: not for a check, nor before there is something to draw
 

@@ -40,7 +40,7 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         "Preset, seed": f"{report['preset']}, {report['seed']}",
         "Images": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report["images"].items()),
         "Preprocessing found": f"{Preprocessing.from_json(best['preprocessing'])} (suspect {best['accuracy']:.1%} right)",
-        "Clean accuracy, suspect": f"{accuracy['suspect']:.1%}",
+        "Clean accuracy, suspect": f"{accuracy['suspect']:.1%}, behind the guard {accuracy['guarded']:.1%}",
         "Clean accuracy, backdoor expert": ", ".join(f"{value:.1%}" for value in accuracy["experts"]),
         "Clean accuracy, auxiliary": f"{accuracy['auxiliary']:.1%}",
         "Threshold": f"{threshold.value:.4f} (natural logarithm of the score)",

@@ -21,9 +21,10 @@ from models.guard import Guard, Judgement, fed
 from models.threshold import Threshold
 
 
-def measure_accuracies(guard: Guard, material: Material, trained: Trained, judged: Judgement) -> dict[str, Any]:
-    """Shares of the validation images that each network gets right; those of the experts in a list."""
+def measure_accuracies(guard: Guard, material: Material, judged: Judgement, threshold: Threshold) -> dict[str, Any]:
+    """Shares of the validation images that each network gets right, those of the experts in a list; guarded: the suspect does, and the guard accepts."""
     validation = material.validation
+    suspect_right = judged.prediction == validation.labels.cpu()
 
     def right(network: nn.Module, batches: Sequence[Tensor]) -> float:
         return (torch.cat([fed(network, batch).argmax(1) for batch in batches]) == validation.labels).float().mean().item()
@@ -32,7 +33,8 @@ def measure_accuracies(guard: Guard, material: Material, trained: Trained, judge
         inputs = [guard.preprocessing.normalise(part) for part in validation.pixels.split(256)]
         shared = [guard.evidence(batch).shared for batch in inputs]
         return {
-            "suspect": (judged.prediction == validation.labels.cpu()).float().mean().item(),
+            "suspect": suspect_right.float().mean().item(),
+            "guarded": (suspect_right & (judged.score >= threshold.value)).float().mean().item(),
             "experts": [right(expert, shared) for expert in guard.experts],
             "auxiliary": right(guard.auxiliary, inputs),
         }
@@ -53,12 +55,14 @@ def summarise(
     suspect, finding = material.understood.suspect, material.understood.finding
     images = {"fit": len(material.fit), "held_back": len(material.held_back or ()), "validation": len(material.validation)}
     canaries = [] if trained.searched is None else trained.searched.canaries
+    labels = material.validation.labels.cpu()
     cautions = [
         checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
-        checks.uneven_rejections(judged.score < threshold.value, material.validation.labels.cpu(), clean.names),
+        checks.uneven_rejections(judged.score < threshold.value, labels, clean.names),
+        checks.own_errors(judged.score, judged.prediction == labels, threshold),
         checks.no_canary_took(canaries),
         checks.low_power(canaries),
         checks.sampled(material.left_out, sum(images.values())),

@@ -252,8 +252,8 @@ def _print_result(event: dict[str, Any], data_dir: Path, active: bool, as_json: 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Guard {event['guard']}, version {event['version']} ({report['architecture']}, preset {report['preset']})")
     console.print(f"Promise          rejects {promise['target_fpr']:.2%} of clean images; 90% interval {low:.2%} to {high:.2%}")
-    console.print(f"Clean accuracy   suspect {accuracy['suspect']:.1%}, auxiliary {accuracy['auxiliary']:.1%}", end="")
-    console.print(f", expert {', '.join(f'{value:.1%}' for value in accuracy['experts'])}")
+    console.print(f"Clean accuracy   suspect {accuracy['suspect']:.1%}, behind the guard {accuracy['guarded']:.1%}", end="")
+    console.print(f", auxiliary {accuracy['auxiliary']:.1%}, expert {', '.join(f'{value:.1%}' for value in accuracy['experts'])}")
     if report["canaries"]:
         caught = ", ".join(f"{each['kind']} {each['power']:.0%}" for each in report["canaries"] if each["power"] is not None)
         console.print(f"Canaries         caught of what was planted in a copy: {caught or 'nothing took'}")

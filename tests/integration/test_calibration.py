@@ -87,6 +87,8 @@ def test_the_preprocessing_and_architecture_are_found_and_the_report_says_so(cal
     assert (found["size"], found["channels"], found["scale"]) == (32, "rgb", "unit")
     assert found["mean"] == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.04)  # its neighbours are as good on so few images
     assert report["clean_accuracy"]["suspect"] > 0.8  # of 160 images
+    rejected = report["clean_accuracy"]["suspect"] - report["clean_accuracy"]["guarded"]  # of those that it gets right
+    assert 0 <= rejected < report["promise"]["rank"] / report["promise"]["n"]
     assert report["clean_accuracy"]["auxiliary"] > 0.5
     assert max(report["clean_accuracy"]["experts"]) < 0.5
     assert report["promise"]["n"] == report["images"]["validation"] >= 99

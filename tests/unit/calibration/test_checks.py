@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from calibration import checks
+from models.threshold import conformal_threshold
 
 DOC = Path(__file__).parent.parent.parent.parent / "docs" / "checks.md"
 
@@ -66,6 +67,30 @@ def test_chance_alone_seldom_warns_of_uneven_rejections() -> None:
         marks[torch.randperm(800, generator=source)[:8]] = True
         warned += checks.uneven_rejections(marks, labels, names) is not None
     assert warned <= 3
+
+
+@pytest.mark.parametrize(("wrong", "told"), [(6, True), (7, True), (5, False), (0, False)])
+def test_it_is_told_where_the_suspects_own_errors_take_up_the_target(wrong: int, told: bool) -> None:
+    """Of 800 images the suspect gets 30 wrong, which but for a few score worst."""
+    scores = torch.arange(800, dtype=torch.float64)
+    right = torch.ones(800, dtype=torch.bool)
+    right[:wrong] = False
+    right[10 : 40 - wrong] = False
+    threshold = conformal_threshold(scores, 0.01)  # rejects 7
+    found = checks.own_errors(scores, right, threshold)
+    assert (found is not None) == told
+    if found is not None:
+        assert f"Of 7 rejected validation images the suspect gets {wrong} wrong itself" in found.detail
+        named = re.search(r"With one of ([0-9.]+)%", found.detail)
+        assert named is not None
+        other = conformal_threshold(scores, float(named[1]) / 100 + 5e-5)  # two digits of a percentage may have been rounded down
+        lost = (right & (scores < other.value)).sum() / right.sum()
+        assert lost == pytest.approx(0.01, abs=0.0025)
+
+
+def test_a_few_rejected_errors_are_no_reason_to_doubt() -> None:
+    scores = torch.arange(400, dtype=torch.float64)
+    assert checks.own_errors(scores, scores >= 20, conformal_threshold(scores, 0.01)) is None  # rejects three
 
 
 def test_every_warning_has_a_section() -> None:

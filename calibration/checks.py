@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.threshold import Threshold, conformal_threshold, log_choose
+from models.errors import FprUnreachable
+from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choose
 
 CHANCE = 0.01  # of a warning where there is nothing to warn of
-MOSTLY, FEW = 0.8, 5  # errors among rejected images; of fewer images than that a share says nothing
+MOSTLY = 0.8  # of the rejected images
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,10 @@ def uneven_rejections(rejected: Tensor, labels: Tensor, names: Sequence[str]) ->
     Of a class with three validation images or four that takes nearly all of them.
     """
     n, all_rejected = len(labels), int(rejected.sum())
-    all_ways = log_choose(n, all_rejected)
     images, of_class = (torch.bincount(each, minlength=len(names)).tolist() for each in (labels, labels[rejected]))
 
-    def chance(inside: int, hit: int) -> float:
-        ways = (log_choose(inside, k) + log_choose(n - inside, all_rejected - k) for k in range(hit, min(inside, all_rejected) + 1))
-        return sum(math.exp(each - all_ways) for each in ways)
-
-    least, worst = min(((chance(images[label], of_class[label]), label) for label in range(len(names)) if of_class[label]), default=(1.0, 0))
+    chances = ((_chance(of_class[label], all_rejected, images[label], n), label) for label in range(len(names)) if of_class[label])
+    least, worst = min(chances, default=(1.0, 0))
     if least * len(names) >= CHANCE:
         return None
     return Caution(
@@ -84,20 +81,28 @@ def uneven_rejections(rejected: Tensor, labels: Tensor, names: Sequence[str]) ->
 def own_errors(scores: Tensor, right: Tensor, threshold: Threshold) -> Caution | None:
     """Where the target is taken up by what the suspect gets wrong, triggered images that look like its errors pass.
 
-    scores: float64 [n], right: whether the suspect is, bool [n]. Told with the target at which, of the images that it gets right, as large a share would be
-    rejected as is now of all.
+    scores: float64 [n], right: whether the suspect is, bool [n]. Told where most of the rejected images are errors, more than chance would put there; with the
+    target at which, of the images that it gets right, as large a share would be rejected as is now of all, where there is one that can be asked for.
     """
     rejected = scores < threshold.value
-    count, wrong = int(rejected.sum()), int((rejected & ~right).sum())
-    if count < FEW or wrong < MOSTLY * count:
+    count, wrong, kept = int(rejected.sum()), int((rejected & ~right).sum()), int(right.sum())
+    if wrong < MOSTLY * count or _chance(wrong, count, threshold.n - kept, threshold.n) >= CHANCE:
         return None
-    ample = conformal_threshold(scores[right], max(threshold.target_fpr, 1.001 / (int(right.sum()) + 1)))
-    target = (int((scores < ample.value).sum()) + 1) / (threshold.n + 1)
-    return Caution(
-        "own-errors",
-        f"Of {count} rejected validation images the suspect gets {wrong} wrong itself: the target of {threshold.target_fpr:.2%} is taken up by its errors. "
-        f"With one of {target:.2%}, {ample.target_fpr:.2%} of the images that it gets right would be rejected.",
-    )
+    detail = f"Of {count} rejected validation images the suspect gets {wrong} wrong itself: its errors take up the target of {threshold.target_fpr:.2%}."
+    try:
+        beyond = conformal_threshold(scores[right], threshold.target_fpr).value
+        ample = math.ceil(10_000 * (int((scores < beyond).sum()) + 1) / (threshold.n + 1)) / 10_000  # as it is written, in hundredths of a percent
+        if threshold.target_fpr < ample <= MOST_FPR:
+            detail += f" With one of {ample:.2%}, {threshold.target_fpr:.2%} of the images that it gets right would be rejected."
+    except FprUnreachable:  # it gets too few right
+        pass
+    return Caution("own-errors", detail)
+
+
+def _chance(hit: int, drawn: int, inside: int, n: int) -> float:
+    """That of so many drawn out of n at least `hit` are among the `inside` (hypergeometric)."""
+    ways = (log_choose(inside, k) + log_choose(n - inside, drawn - k) for k in range(max(hit, drawn - n + inside), min(inside, drawn) + 1))
+    return sum(math.exp(each - log_choose(n, drawn)) for each in ways)
 
 
 def low_power(canaries: Sequence[dict[str, Any]]) -> Caution | None:

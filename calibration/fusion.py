@@ -12,7 +12,7 @@ from calibration.finetune import LabelledPixels
 from models.distance import fit_distance
 from models.guard import Fusion, Guard, Scales, cheap_surprise, fed
 from models.lowering import lowered
-from models.score import log_confidence, measure_scale
+from models.score import log_confidence, measure_scale, shortfall
 
 
 def lower(guard: Guard, device: torch.device) -> Guard:
@@ -39,12 +39,11 @@ def fuse(guard: Guard, fit: LabelledPixels, held_back: LabelledPixels, num_class
     found = [guard.evidence(batch) for batch in inputs(held_back)]
     of_held_back = zip(*([d(features, each.prediction) for d, features in zip(distances, each.features, strict=True)] for each in found), strict=True)
     against = [log_confidence(fed(guard.auxiliary, batch), each.prediction) for each, batch in zip(found, inputs(held_back), strict=True)]
-    doubt = torch.cat([log_not_y - log_y for log_y, log_not_y in against])  # -logit y
     scales = Scales(
         expert=measure_scale(torch.cat([each.expert for each in found])),
         distances=tuple(measure_scale(torch.cat(values)) for values in of_held_back),
-        auxiliary=measure_scale(doubt),
-        shortfall=measure_scale(torch.cat([each.certainty for each in found]) + doubt),
+        auxiliary=measure_scale(torch.cat([log_not_y - log_y for log_y, log_not_y in against])),
+        shortfall=measure_scale(torch.cat([shortfall(each.logits, each.prediction, *y) for each, y in zip(found, against, strict=True)])),
         gate=0.0,
     )
     cheap = torch.cat([cheap_surprise(each, distances, scales) for each in found])

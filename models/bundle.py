@@ -217,20 +217,22 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _scales(
-    expert: dict[str, float], distances: list[dict[str, float]], auxiliary: dict[str, float], gate: float, shortfall: dict[str, float] | None = None
+    expert: dict[str, float], distances: list[dict[str, float]], auxiliary: dict[str, float], shortfall: dict[str, float] | None, gate: float
 ) -> Scales:
     compared = None if shortfall is None else Scale(**shortfall)
     return Scales(Scale(**expert), tuple(Scale(**scale) for scale in distances), Scale(**auxiliary), compared, gate)
 
 
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of an older schema as the present one has it: one place, and a gate that every image passes, judge as they did then."""
+    """The content of an older schema as the present one has it: one place, a gate that every image passes, and no shortfall judge as they did then."""
     if content["schema"] < 3:
         if content["cuts"] is not None:
             content = {**content, "cuts": {"experts": content["cuts"]["experts"], "places": [content["cuts"]["features"]]}}
         if content["scales"] is not None:
             expert, auxiliary, distance = content["scales"]
             content = {**content, "scales": {"expert": expert, "distances": [distance], "auxiliary": auxiliary, "gate": 0.0}}
+    if content["schema"] < 6 and content["scales"] is not None:
+        content = {**content, "scales": {**content["scales"], "shortfall": None}}
     return content
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.distance import Distance, vectors
 from models.lowering import dtype_of, folded
 from models.preprocessing import Preprocessing
-from models.score import Scale, geometric_mean, log_confidence, mean_place, published_score, surprise
+from models.score import Scale, geometric_mean, log_confidence, mean_place, published_score, shortfall, surprise
 from models.trunk import split
 
 
@@ -61,7 +61,7 @@ class Evidence:
 
     prediction: Tensor  # int64 [N]
     confidence: Tensor  # float32 [N]
-    certainty: Tensor  # float64 [N], logit m: of that confidence, however near it is to 1
+    logits: Tensor  # float32 [N, C], the suspect's
     log_x: Tensor  # float64 [N], of the experts' confidence in the prediction
     log_not_x: Tensor  # float64 [N]
     features: tuple[Tensor, ...]  # float32 [N, D] for each place
@@ -102,7 +102,7 @@ class Seen(NamedTuple):
     pixels: Tensor  # uint8 [N, 3, size, size]
     prediction: Tensor  # int64 [N]
     confidence: Tensor  # float32 [N]
-    certainty: Tensor  # float64 [N], logit m
+    logits: Tensor  # float32 [N, C], the suspect's
     log_known: Tensor  # float64 [N], of x or y: of what is asked first
     log_not_known: Tensor  # float64 [N]
     cheap: Tensor  # float64 [N], how suspicious that looks
@@ -152,11 +152,10 @@ class Gated(nn.Module):
         return [prediction, confidence, expert, auxiliary, score]
 
 
-def answer(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Predicted class, int64 [N], confidence in it, float32 [N], and the logit of that, float64 [N]."""
+def answer(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence, float32 [N], and predicted class, int64 [N]."""
     confidence, prediction = logits.float().softmax(-1).max(-1)
-    log_p, log_not_p = log_confidence(logits, prediction)
-    return prediction, confidence, log_p - log_not_p
+    return confidence, prediction
 
 
 def fed(network: nn.Module, inputs: Tensor) -> Tensor:
@@ -227,12 +226,12 @@ class Guard(nn.Module):
     def weigh(self, pixels: Tensor, *flow: Tensor) -> Seen:
         """What the suspect and those that are asked first say, from pixels and what `flow` gives."""
         if not self.order.experts_first:
-            prediction, confidence, certainty = answer(flow[-1])
+            confidence, prediction = answer(flow[-1])
             log_y, log_not_y = self._ask_auxiliary(pixels, prediction)
-            return Seen(pixels, prediction, confidence, certainty, log_y, log_not_y, math.log(self.c) - log_y)
+            return Seen(pixels, prediction, confidence, flow[-1], log_y, log_not_y, math.log(self.c) - log_y)
         found = self._from(*flow)
         cheap = torch.zeros_like(found.log_x) if self.scales is None else cheap_surprise(found, self.distances, self.scales)
-        return Seen(pixels, found.prediction, found.confidence, found.certainty, found.log_x, found.log_not_x, cheap)
+        return Seen(pixels, found.prediction, found.confidence, found.logits, found.log_x, found.log_not_x, cheap)
 
     def ask(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """What the network that is left says, log x or log y, and the score with it; both float64 [N]."""
@@ -242,10 +241,9 @@ class Guard(nn.Module):
         log_y, log_not_y = self._ask_auxiliary(seen.pixels, seen.prediction)
         if self.scales is None:
             return log_y, published_score(seen.log_known, seen.log_not_known, log_y, self.c)
-        doubt = log_not_y - log_y  # -logit y
-        z = [self.scales.auxiliary.z(doubt)]
+        z = [self.scales.auxiliary.z(log_not_y - log_y)]
         if self.scales.shortfall is not None:
-            z.append(self.scales.shortfall.z(seen.certainty + doubt))
+            z.append(self.scales.shortfall.z(shortfall(seen.logits, seen.prediction, log_y, log_not_y)))
         return log_y, -(seen.cheap + surprise(*z))
 
     def evidence(self, inputs: Tensor) -> Evidence:
@@ -254,8 +252,8 @@ class Guard(nn.Module):
 
     def _from(self, shared: Tensor, *flow: Tensor) -> Evidence:
         *features, logits = flow
-        prediction, confidence, certainty = answer(logits)
-        return Evidence(prediction, confidence, certainty, *self._ask_experts(shared, prediction), tuple(features), shared)
+        confidence, prediction = answer(logits)
+        return Evidence(prediction, confidence, logits, *self._ask_experts(shared, prediction), tuple(features), shared)
 
     def _ask_experts(self, shared: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         logits = torch.stack([fed(expert, shared) for expert in self.experts])  # [K, N, C]

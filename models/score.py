@@ -14,10 +14,10 @@ clean images and contributes about -log of the share of those that are as suspic
     surprise = log(1 + exp(z)),  z = (value - median) / (mean excess over the median)
 
 which is what the upper tail of a logistic distribution gives: it goes on growing beyond the last clean image, and no clean-looking piece of evidence
-cancels another that is alarming. There are four kinds. Two cost no network: logit x, and the distance of the suspect's own features from those of the
+cancels another that is alarming. There are four kinds. Two cost next to nothing: logit x, and the distance of the suspect's own features from those of the
 predicted class, in units of what is usual for that class; exp(z) is averaged over the places where it is measured, so that one place is enough and the
-others add no noise. Two come of the auxiliary: -logit y, and how far that falls short of the suspect's own confidence m = softmax(M)[p]. An auxiliary also
-parts with the suspect where the suspect errs; but there the suspect is seldom sure, and of a backdoor it mostly is:
+others add no noise. Two come of the auxiliary: -logit y, and how far logit y falls short of logit m, where m = softmax(M)[p] is the suspect's own confidence.
+The auxiliary also parts with the suspect where the suspect errs; but there the suspect is seldom sure, and of a backdoor it mostly is:
 
     score = - surprise(logit x) - surprise(log mean exp z of the distances)
             - [the first two reach the gate] (surprise(-logit y) + surprise(logit m - logit y))
@@ -55,6 +55,12 @@ def geometric_mean(log_x: Tensor, log_not_x: Tensor) -> tuple[Tensor, Tensor]:
     log_of_minus_log_x = torch.where(log_not_x < -30, log_not_x, torch.log(-log_x))
     log_a = log_of_minus_log_x.logsumexp(0) - math.log(len(log_x))  # a = -log of the mean
     return log_x.mean(0), torch.where(log_a < -30, log_a, torch.log(-torch.expm1(-log_a.exp())))
+
+
+def shortfall(logits: Tensor, prediction: Tensor, log_y: Tensor, log_not_y: Tensor) -> Tensor:
+    """logit m - logit y, float64 [N]; logits of the suspect, [N, C]. By way of logarithms, since a confidence of 1 has no logit."""
+    log_m, log_not_m = log_confidence(logits, prediction)
+    return (log_m - log_not_m) - (log_y - log_not_y)
 
 
 def published_score(log_x: Tensor, log_not_x: Tensor, log_y: Tensor, c: float) -> Tensor:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # plain arithmetic otherwise: who only reasons about promises
 
 
 COUNTED = 1000  # images that the promised interval is about
+MOST_FPR = 0.2  # that may be asked for
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from structlog.contextvars import bound_contextvars
 
 from calibration.config import CalibrationConfig, InspectionConfig
 from models.errors import Conflict, NotFound
+from models.threshold import MOST_FPR
 from service import uploads
 from service.auth import Authenticator
 from service.bodies import read_model
@@ -40,7 +41,7 @@ class GuardChange(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
     mode: Literal["enforce", "shadow"] | None = None
-    target_fpr: float | None = Field(None, gt=0, le=0.2)
+    target_fpr: float | None = Field(None, gt=0, le=MOST_FPR)
 
 
 class JobProgress(BaseModel):

@@ -16,8 +16,12 @@ from benchmarks.report.tables import shown, table_of, table_of_costs, table_of_p
 from benchmarks.scales import FULL, SMALL
 from benchmarks.train import MIN_ASR, MOST_LOST
 
-# On what the score of `auto` was chosen (docs/decisions/0004, 0009 and 0016), by data set; ResNet-20 alone.
-CHOSEN_ON = {"cifar10": ("badnet", "blend", "trojan_patch", "clean_label", "sig", "issba", "wanet"), "gtsrb": ("badnet", "blend", "tact", "adap_blend")}
+# On what the score of `auto` was chosen (docs/decisions/0004, 0009, 0016 and 0017), by data set; ResNet-20 alone. What all candidates caught
+# alike chose nothing.
+CHOSEN_ON = {
+    "cifar10": ("badnet", "blend", "trojan_patch", "clean_label", "sig", "issba", "wanet", "bpp", "ftrojan", "ft"),
+    "gtsrb": ("badnet", "blend", "ft", "tact", "adap_blend"),
+}
 PICTURES = {"heat": "TPR by attack and detector", "roc": "ROC curves", "cost": "Cost against TPR"}
 
 
@@ -75,7 +79,10 @@ def left_out(grouped: Cells, scale: tuple[str, str]) -> str:
     known = CHOSEN_ON[dataset] if architecture in SMALL else ()
     values = [value for attack, value in by_attack(grouped, "auto", tpr).items() if attack not in known]
     figures = f"the mean is {shown(float(np.mean(values)))} and the worst {shown(min(values))}" if values else "nothing is measured"
-    files = ("0004-auto-adds-evidence-up", "0009-distances-at-several-places-and-a-gate", "0016-a-distance-counts-by-what-is-usual-for-its-class")
+    files = (
+        *("0004-auto-adds-evidence-up", "0009-distances-at-several-places-and-a-gate", "0016-a-distance-counts-by-what-is-usual-for-its-class"),
+        "0017-the-auxiliary-is-compared-with-the-suspect",
+    )
     decisions = ", ".join(f"[decision {int(name[:4])}](decisions/{name}.md)" for name in files)
     part = f"{', '.join(map(title, known))} had a part" if known else "No suspect of this network had a part"
     return f"{part} in the choice of the score of `auto` ({decisions}). Over the {len(values)} attacks that had none {figures}."

@@ -133,7 +133,7 @@ def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:
 
 def test_what_auto_was_chosen_on_is_left_out_of_a_mean_of_its_own() -> None:
     scale = ("cifar10", "resnet20")
-    found = [record("badnet", "auto", 1.0), record("bpp", "auto", 0.5), record("sra", "auto", 0.7), record("bpp", "strip", 0.1)]
+    found = [record("badnet", "auto", 1.0), record("tact", "auto", 0.5), record("sra", "auto", 0.7), record("tact", "strip", 0.1)]
     assert left_out(cells(found, scale), scale).endswith("Over the 2 attacks that had none the mean is 0.600 and the worst 0.500.")
     assert left_out(cells(found[:1], scale), scale).endswith("Over the 0 attacks that had none nothing is measured.")
     assert left_out(cells(found, scale), ("cifar10", "resnet18_cifar")).startswith("No suspect of this network had a part")

@@ -219,6 +219,9 @@ def test_a_bundle_with_less_about_its_distances_judges_as_it_did(tmp_path: Path,
 def test_a_bundle_that_does_not_compare_the_auxiliary_with_the_suspect_judges_as_it_did(tmp_path: Path) -> None:
     guard = make(tmp_path)[0]
     assert guard.scales is not None
+    as_of_schema(tmp_path, bundle.SCHEMA, guard.distances.state_dict(), scales=without_shortfall(guard.scales))
+    with pytest.raises(BundleNotReady, match="lacks something"):
+        bundle.read(tmp_path)
     as_of_schema(tmp_path, 5, guard.distances.state_dict(), scales=without_shortfall(guard.scales))
     before = Fusion(list(guard.distances), replace(guard.scales, shortfall=None))
     alone = Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=guard.cuts, fusion=before)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.score import geometric_mean, log_confidence, mean_place, measure_scale, published_score, surprise
+from models.score import geometric_mean, log_confidence, mean_place, measure_scale, published_score, shortfall, surprise
 
 probability = st.floats(0.001, 0.999)
 
@@ -93,3 +93,12 @@ def test_a_clean_image_as_suspicious_as_the_average_beyond_the_median_has_z_1() 
 
 def test_evidence_that_is_the_same_for_all_clean_images_has_a_usable_scale() -> None:
     assert measure_scale(torch.full((50,), 3.0, dtype=torch.float64)).excess > 0
+
+
+@pytest.mark.parametrize(("gap", "classes"), [(60.0, 10), (1e4, 10), (1e4, 2), (0.0, 2), (1e30, 1000)])
+def test_how_far_the_auxiliary_falls_short_is_known_however_sure_the_suspect_is(gap: float, classes: int) -> None:
+    logits = torch.zeros(1, classes)
+    logits[0, 0] = gap
+    log_y = torch.tensor([0.25], dtype=torch.float64).log()
+    found = shortfall(logits, torch.tensor([0]), log_y, (1 - log_y.exp()).log())
+    assert found.item() == pytest.approx(gap - math.log(classes - 1) + math.log(3))

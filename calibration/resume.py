@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from models import bundle
 from models.durable import write_file
 
 Made = tuple[list[nn.Module], dict[str, Any]]  # networks, and what is to be known of how they were made, as JSON has it
@@ -70,8 +71,11 @@ class Resume:
 
 
 def fingerprint(values: Iterable[Any], tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of everything that decides what is trained: values as JSON has them, and tensors bit by bit."""
-    digest = hashlib.sha256(json.dumps([torch.__version__, *values], sort_keys=True, default=str).encode())
+    """SHA-256 of everything that decides what is trained: values as JSON has them, and tensors bit by bit.
+
+    The bundles' schema is part of it: canaries chose by the score of their day.
+    """
+    digest = hashlib.sha256(json.dumps([torch.__version__, bundle.SCHEMA, *values], sort_keys=True, default=str).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from calibration.resume import Made, Resume, fingerprint
+from models import bundle
 
 
 def blank(_: dict[str, Any]) -> list[nn.Module]:
@@ -65,6 +66,12 @@ def test_without_a_folder_nothing_is_kept() -> None:
     with pytest.raises(AssertionError, match="made again"):
         resume.networks("expert", blank, never)
     resume.done()
+
+
+def test_what_was_kept_before_the_score_changed_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(["auto"], [])
+    monkeypatch.setattr(bundle, "SCHEMA", bundle.SCHEMA + 1)
+    assert fingerprint(["auto"], []) != before
 
 
 def test_a_fingerprint_tells_every_bit(tmp_path: Path) -> None:

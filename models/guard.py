@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.distance import Distance, vectors
 from models.lowering import dtype_of, folded
 from models.preprocessing import Preprocessing
-from models.score import Scale, geometric_mean, log_confidence, mean_place, published_score, shortfall, surprise
+from models.score import Scale, geometric_mean, log_confidence, mean_exp, published_score, shortfall, surprise
 from models.trunk import split
 
 
@@ -77,7 +77,7 @@ def cheap_surprise(found: Evidence, distances: Iterable[nn.Module], scales: Scal
     """What the suspect's own features and the experts say, float64 [N]; large is suspicious."""
     places = zip(scales.distances, distances, found.features, strict=True)
     z = [scale.z(distance(features, found.prediction)) for scale, distance, features in places]
-    return surprise(scales.expert.z(found.expert), mean_place(torch.stack(z)))
+    return surprise(scales.expert.z(found.expert), mean_exp(torch.stack(z)))
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Guard(nn.Module):
         z = [self.scales.auxiliary.z(log_not_y - log_y)]
         if self.scales.shortfall is not None:
             z.append(self.scales.shortfall.z(shortfall(seen.logits, seen.prediction, log_y, log_not_y)))
-        return log_y, -(seen.cheap + surprise(*z))
+        return log_y, -(seen.cheap + surprise(mean_exp(torch.stack(z))))
 
     def evidence(self, inputs: Tensor) -> Evidence:
         """What suspect and experts say of normalised inputs [N, 3, size, size], before it is made into a score."""

@@ -14,13 +14,13 @@ clean images and contributes about -log of the share of those that are as suspic
     surprise = log(1 + exp(z)),  z = (value - median) / (mean excess over the median)
 
 which is what the upper tail of a logistic distribution gives: it goes on growing beyond the last clean image, and no clean-looking piece of evidence
-cancels another that is alarming. There are four kinds. Two cost next to nothing: logit x, and the distance of the suspect's own features from those of the
-predicted class, in units of what is usual for that class; exp(z) is averaged over the places where it is measured, so that one place is enough and the
-others add no noise. Two come of the auxiliary: -logit y, and how far logit y falls short of logit m, where m = softmax(M)[p] is the suspect's own confidence.
-The auxiliary also parts with the suspect where the suspect errs; but there the suspect is seldom sure, and of a backdoor it mostly is:
+cancels another that is alarming. There are three kinds: logit x; the distance of the suspect's own features from those of the predicted class, in units of
+what is usual for that class; and the auxiliary's doubt. Where a kind is measured in several ways, exp(z) is averaged over them, so that one is enough and the
+others add no noise: the distance at several places, the doubt as -logit y and as logit m - logit y, with m = softmax(M)[p] the suspect's own confidence. For
+the auxiliary parts with the suspect also where the suspect errs; but there the suspect is seldom sure, and of a backdoor it mostly is.
 
     score = - surprise(logit x) - surprise(log mean exp z of the distances)
-            - [the first two reach the gate] (surprise(-logit y) + surprise(logit m - logit y))
+            - [the first two reach the gate] surprise(log mean exp z of the doubt)
 
 What the first two say costs next to nothing. Behind the gate lie the few clean images that they find most suspicious, three times as many as may be
 rejected; all others score better than any of these, and for them the auxiliary never runs.
@@ -91,8 +91,8 @@ def measure_scale(values: Tensor) -> Scale:
     return Scale(median.item(), max(excess, 1e-6))  # evidence that is the same for all clean images must not divide by zero
 
 
-def mean_place(z: Tensor) -> Tensor:
-    """log mean exp of what K places say of N images, float64 [K, N] -> [N]."""
+def mean_exp(z: Tensor) -> Tensor:
+    """log mean exp of what one kind of evidence, measured in K ways, says of N images, float64 [K, N] -> [N]."""
     return z.logsumexp(0) - math.log(len(z))
 
 

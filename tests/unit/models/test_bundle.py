@@ -227,5 +227,4 @@ def test_a_bundle_that_does_not_compare_the_auxiliary_with_the_suspect_judges_as
     alone = Guard(guard.suspect, list(guard.experts), guard.auxiliary, guard.preprocessing, cuts=guard.cuts, fusion=before)
     score = bundle.read(tmp_path).guard.judge(PIXELS).score
     torch.testing.assert_close(score, alone.judge(PIXELS).score, rtol=1e-5, atol=1e-5)
-    assert (score >= guard.judge(PIXELS).score).all()
-    assert not torch.equal(score, guard.judge(PIXELS).score)
+    assert not torch.allclose(score, guard.judge(PIXELS).score, atol=0.01)

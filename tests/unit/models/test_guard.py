@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.distance import vectors
 from models.guard import Guard
-from models.score import log_confidence, mean_place, published_score, surprise
+from models.score import log_confidence, mean_exp, published_score, surprise
 from models.trunk import split
 from tests.untrained import PIXELS, TOLERANCE, untrained_guard, untrained_published_guard
 
@@ -35,10 +35,11 @@ def plainly(guard: Guard, pixels: Tensor) -> tuple[Tensor, Tensor]:
             z = []
             for name, distance, scale in zip(guard.cuts.places, guard.distances, guard.scales.distances, strict=True):
                 z.append(scale.z(distance(vectors(split(guard.suspect, name)[0](inputs)), prediction)))
-            cheap = surprise(guard.scales.expert.z(log_x - torch.log1p(-log_x.exp())), mean_place(torch.stack(z)))
+            cheap = surprise(guard.scales.expert.z(log_x - torch.log1p(-log_x.exp())), mean_exp(torch.stack(z)))
             log_y, log_not_y = log_confidence(guard.auxiliary(inputs), prediction)
             shortfall = (log_m - log_not_m) - (log_y - log_not_y)
-            further = surprise(guard.scales.auxiliary.z(log_not_y - log_y), guard.scales.shortfall.z(shortfall))
+            doubt = [guard.scales.auxiliary.z(log_not_y - log_y), guard.scales.shortfall.z(shortfall)]
+            further = surprise(mean_exp(torch.stack(doubt)))
             scores.append(-(cheap + further * (cheap >= guard.scales.gate)))
             predictions.append(prediction)
     return torch.cat(scores), torch.cat(predictions)

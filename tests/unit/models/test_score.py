@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.score import geometric_mean, log_confidence, mean_place, measure_scale, published_score, shortfall, surprise
+from models.score import geometric_mean, log_confidence, mean_exp, measure_scale, published_score, shortfall, surprise
 
 probability = st.floats(0.001, 0.999)
 
@@ -73,9 +73,9 @@ def test_one_alarming_kind_of_evidence_is_enough_and_none_cancels_another() -> N
 
 def test_one_alarming_place_is_enough_and_the_others_add_no_noise() -> None:
     usual, alarming = torch.tensor([0.0, 1.0, -1.0]).double(), torch.tensor([0.0, 40.0, -1.0]).double()
-    assert mean_place(alarming[:, None]).item() == pytest.approx(40 - math.log(3), abs=1e-6)
-    assert usual.min() < mean_place(usual[:, None]).item() < usual.max()
-    assert mean_place(usual[1:2, None]).item() == pytest.approx(1.0)  # one place is itself
+    assert mean_exp(alarming[:, None]).item() == pytest.approx(40 - math.log(3), abs=1e-6)
+    assert usual.min() < mean_exp(usual[:, None]).item() < usual.max()
+    assert mean_exp(usual[1:2, None]).item() == pytest.approx(1.0)  # one place is itself
 
 
 def test_surprise_grows_beyond_anything_seen_and_stays_finite() -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.errors import FprUnreachable
 from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choose
 
 CHANCE = 0.01  # of a warning where there is nothing to warn of
@@ -89,13 +88,10 @@ def own_errors(scores: Tensor, right: Tensor, threshold: Threshold) -> Caution |
     if wrong < MOSTLY * count or _chance(wrong, count, threshold.n - kept, threshold.n) >= CHANCE:
         return None
     detail = f"Of {count} rejected validation images the suspect gets {wrong} wrong itself: its errors take up the target of {threshold.target_fpr:.2%}."
-    try:
-        beyond = conformal_threshold(scores[right], threshold.target_fpr).value
-        ample = math.ceil(10_000 * (int((scores < beyond).sum()) + 1) / (threshold.n + 1)) / 10_000  # as it is written, in hundredths of a percent
-        if threshold.target_fpr < ample <= MOST_FPR:
-            detail += f" With one of {ample:.2%}, {threshold.target_fpr:.2%} of the images that it gets right would be rejected."
-    except FprUnreachable:  # it gets too few right
-        pass
+    beyond = conformal_threshold(scores[right], threshold.target_fpr).value  # reached: with so few right, chance would have put errors there
+    ample = math.ceil(10_000 * (int((scores < beyond).sum()) + 1) / (threshold.n + 1)) / 10_000  # as it is written, in hundredths of a percent
+    if threshold.target_fpr < ample <= MOST_FPR:
+        detail += f" With one of {ample:.2%}, {threshold.target_fpr:.2%} of the images that it gets right would be rejected."
     return Caution("own-errors", detail)
 
 

@@ -1,4 +1,4 @@
-"""Measure on clean images what the fused score needs: distances, the scale of each kind of evidence, the gate."""
+"""Measure on clean images what the fused score needs: distances, the scale of each measurement, the gate."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Scales:
-    """Of each kind of evidence on clean images, and how suspicious an image has to be for the auxiliary to be asked."""
+    """Of each measurement on clean images, and how suspicious an image has to be for the auxiliary to be asked."""
 
     expert: Scale  # of logit x
     distances: tuple[Scale, ...]  # at each place

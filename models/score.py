@@ -23,7 +23,7 @@ the auxiliary parts with the suspect also where the suspect errs; but there the 
             - [the first two reach the gate] surprise(log mean exp z of the doubt)
 
 What the first two say costs next to nothing. Behind the gate lie the few clean images that they find most suspicious, three times as many as may be
-rejected; all others score better than any of these, and for them the auxiliary never runs.
+rejected, and at least 3%; all others score better than any of these, and for them the auxiliary never runs.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def published_score(log_x: Tensor, log_not_x: Tensor, log_y: Tensor, c: float) -
 
 @dataclass(frozen=True)
 class Scale:
-    """Where one kind of evidence lies for clean images: its median, and how far beyond it the upper half is on average."""
+    """Where one measurement of evidence lies for clean images: its median, and how far beyond it the upper half is on average."""
 
     median: float
     excess: float
@@ -84,7 +84,7 @@ class Scale:
 
 
 def measure_scale(values: Tensor) -> Scale:
-    """The scale of a kind of evidence (large is suspicious), from its values on clean images, float64 [N]."""
+    """The scale of a measurement (large is suspicious), from its values on clean images, float64 [N]."""
     median = values.median()
     above = values[values > median]
     excess = (above - median).mean().item() if len(above) else 0.0

@@ -71,11 +71,11 @@ def test_one_alarming_kind_of_evidence_is_enough_and_none_cancels_another() -> N
     assert surprise(calm, calm, alarming).item() == pytest.approx(surprise(usual, usual, alarming).item(), abs=2.0)
 
 
-def test_one_alarming_place_is_enough_and_the_others_add_no_noise() -> None:
+def test_one_alarming_way_of_measuring_is_enough_and_the_others_add_no_noise() -> None:
     usual, alarming = torch.tensor([0.0, 1.0, -1.0]).double(), torch.tensor([0.0, 40.0, -1.0]).double()
     assert mean_exp(alarming[:, None]).item() == pytest.approx(40 - math.log(3), abs=1e-6)
     assert usual.min() < mean_exp(usual[:, None]).item() < usual.max()
-    assert mean_exp(usual[1:2, None]).item() == pytest.approx(1.0)  # one place is itself
+    assert mean_exp(usual[1:2, None]).item() == pytest.approx(1.0)  # one way is itself
 
 
 def test_surprise_grows_beyond_anything_seen_and_stays_finite() -> None:

@@ -14,7 +14,7 @@ from models.checkpoint import Checkpoint
 from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choose
 
 CHANCE = 0.01  # of a warning where there is nothing to warn of
-MOSTLY = 0.8  # of the rejected images
+MOSTLY = 0.8  # share of errors among the rejected images
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ def own_errors(scores: Tensor, right: Tensor, threshold: Threshold) -> Caution |
 
 def _chance(hit: int, drawn: int, inside: int, n: int) -> float:
     """That of so many drawn out of n at least `hit` are among the `inside` (hypergeometric)."""
+    all_ways = log_choose(n, drawn)
     ways = (log_choose(inside, k) + log_choose(n - inside, drawn - k) for k in range(max(hit, drawn - n + inside), min(inside, drawn) + 1))
-    return sum(math.exp(each - log_choose(n, drawn)) for each in ways)
+    return sum(math.exp(each - all_ways) for each in ways)
 
 
 def low_power(canaries: Sequence[dict[str, Any]]) -> Caution | None:

@@ -54,6 +54,11 @@ def tpr_of_all(record: Record) -> float | None:
     return value
 
 
+def tpr_at_one_rate(record: Record) -> float:
+    """The same, at the threshold that rejects 1% of the very images reported, so that no detector gains by what its threshold happened to realise."""
+    return float(np.interp(float(TARGET), record["roc"]["fpr"], record["roc"]["tpr"]))
+
+
 def auroc(record: Record) -> float | None:
     value: float | None = record["auroc"]
     return value

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.detectors import DETECTORS, PRESETS, TITLES
 from benchmarks.records import Record
-from benchmarks.report.cells import Cells, attacks_of, auroc_masked, bootstrap, by_attack, cells, mean, scales, title, tpr
+from benchmarks.report.cells import TARGET, Cells, attacks_of, auroc_masked, bootstrap, by_attack, cells, mean, scales, title, tpr, tpr_at_one_rate
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -42,18 +42,37 @@ def table_of(grouped: Cells, figure: Callable[[Record], float | None]) -> list[s
     return lines
 
 
-def table_of_rivals(grouped: Cells, noise: float = 0.01) -> list[str]:
-    """For each other detector, where it stops more than `auto` does, by more than so much TPR."""
+NOISE = 0.01  # of TPR: what is nearer is level
+
+
+def table_of_rivals(grouped: Cells) -> list[str]:
+    """For each other detector, where it stops more than `auto` does."""
     ours = by_attack(grouped, "auto", tpr)
     lines = [row("detector", "attacks in both", "`auto` ahead", "level, within a point", "detector ahead"), row(*["---"] * 5)]
     for name in DETECTORS:
         gains = {attack: ours[attack] - theirs for attack, theirs in by_attack(grouped, name, tpr).items() if attack in ours}
         if name == "auto" or not gains:
             continue
-        ahead, behind = sum(gain > noise for gain in gains.values()), {attack: -gain for attack, gain in gains.items() if gain < -noise}
+        ahead, behind = sum(gain > NOISE for gain in gains.values()), {attack: -gain for attack, gain in gains.items() if gain < -NOISE}
         told = ", ".join(f"{title(attack)} (by {gain:.3f})" for attack, gain in behind.items()) or "none"
         lines.append(row(TITLES[name], str(len(gains)), str(ahead), str(len(gains) - ahead - len(behind)), told))
     return lines
+
+
+def table_at_one_rate(grouped: Cells) -> list[str]:
+    """Where another detector is ahead: what each thresholds' draw had to do with it. Nothing where none is."""
+    ours, lines = by_attack(grouped, "auto", tpr), []
+    for name in DETECTORS:
+        for attack, theirs in by_attack(grouped, name, tpr).items():
+            if attack in ours and theirs > ours[attack] + NOISE:
+                pairs = [mean(grouped[attack, each], figure) for figure in (_realised_fpr, tpr_at_one_rate) for each in ("auto", name)]
+                lines.append(row(title(attack), TITLES[name], *(shown(value, 4 if index < 2 else 3) for index, value in enumerate(pairs))))
+    head = row("attack", "detector", "realised FPR, `auto`", "detector", "TPR where 1% of the images reported are rejected, `auto`", "detector")
+    return [head, row(*["---"] * 6), *lines] if lines else []
+
+
+def _realised_fpr(record: Record) -> float:
+    return float(record["at"][TARGET]["realised_fpr"])
 
 
 def table_of_costs(grouped: Cells) -> list[str]:
@@ -65,7 +84,7 @@ def table_of_costs(grouped: Cells) -> list[str]:
         found = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
         attacked = [record for record in found if record["attack"] != "clean"]
         figures = (
-            shown(mean(found, lambda record: record["at"]["0.01"]["realised_fpr"]), 4),
+            shown(mean(found, _realised_fpr), 4),
             shown(mean(found, lambda record: record["at"]["0.05"]["realised_fpr"]), 4),
             shown(mean(attacked, lambda record: record["at"]["0.01"]["remaining_asr"])),
             shown(mean(found, lambda record: record["at"]["0.01"]["accuracy_lost"]), 4),
@@ -103,7 +122,7 @@ def table_of_detectors(grouped: Cells) -> list[str]:
             f"{np.mean(list(found.values())):.1%}",
             f"{found[worst]:.1%} ({title(worst)})",
             shown(float(np.mean(list(by_attack(grouped, name, auroc_masked).values())))),
-            f"{mean(everything, lambda record: record['at']['0.01']['realised_fpr']) or 0:.2%}",
+            f"{mean(everything, _realised_fpr) or 0:.2%}",
             f"{mean(everything, lambda record: record['passes']) or 0:.1f}",
         )
         lines.append(row(TITLES[name], *figures))
@@ -124,7 +143,7 @@ def table_of_scales(found: Sequence[Record]) -> list[str]:
         worst = min(ours, key=lambda attack: ours[attack])
         means = {name: float(np.mean(list(values.values()))) for name, values in by_detector.items() if set(values) >= set(ours)}
         best = max((name for name in means if name not in PRESETS), key=means.__getitem__, default=None)
-        fpr = mean([record for (_, name), cell in grouped.items() if name == "auto" for record in cell], lambda record: record["at"]["0.01"]["realised_fpr"])
+        fpr = mean([record for (_, name), cell in grouped.items() if name == "auto" for record in cell], _realised_fpr)
         told = f"{means[best]:.1%} ({TITLES[best]})" if best else "-"
         paper = f"{means['paper']:.1%}" if "paper" in means else "-"
         figures = (f"{means['auto']:.1%}", f"{ours[worst]:.1%} ({title(worst)})", f"{fpr or 0:.2%}", paper, told)

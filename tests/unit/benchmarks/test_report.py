@@ -14,7 +14,7 @@ from benchmarks.report.__main__ import README_SCALE, texts
 from benchmarks.report.cells import bootstrap, cells, tpr
 from benchmarks.report.page import attempts, left_out, not_evaluated
 from benchmarks.report.performance import by_round, over_http
-from benchmarks.report.tables import table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
+from benchmarks.report.tables import table_at_one_rate, table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 from benchmarks.report.tuning import canaries as section
 from benchmarks.report.tuning import chosen_within
 from benchmarks.report.tuning import few_images as small_sets
@@ -52,7 +52,7 @@ def test_a_suspect_that_no_detector_was_tried_on_is_named() -> None:
 
 
 def test_what_failed_the_gate_is_told_with_what_was_tried() -> None:
-    about = {"dataset": "cifar10", "recipe": {"epochs": 8, "lr": 0.2}, "rate": 0.1, "asr": 0.7, "clean_accuracy": 0.8}
+    about = {"dataset": "cifar10", "architecture": "resnet20", "recipe": {"epochs": 8, "lr": 0.2}, "rate": 0.1, "asr": 0.7, "clean_accuracy": 0.8}
     earlier = {name: about[name] for name in ("recipe", "rate", "asr", "clean_accuracy")}
     suspects = [
         {**about, "attack": "badnet", "passes_gate": True},
@@ -61,8 +61,8 @@ def test_what_failed_the_gate_is_told_with_what_was_tried() -> None:
     ]
     once = "8 epochs at 0.2, 10% poisoned: ASR 0.700, accuracy 0.800"
     assert attempts(suspects) == [
-        f"- SIG on cifar10 passes now. Without success: {once}.",
-        f"- WaNet on cifar10 fails. Without success: {once}; {once.replace('0.700', '0.750')}.",
+        f"- SIG on cifar10, resnet20, passes now. Without success: {once}.",
+        f"- WaNet on cifar10, resnet20, fails. Without success: {once}; {once.replace('0.700', '0.750')}.",
     ]
 
 
@@ -123,6 +123,13 @@ def test_where_another_detector_is_ahead_is_told_by_attack() -> None:
     found = [record(attack, name, value) for name, values in (("auto", ours), ("strip", theirs)) for attack, value in values.items()]
     lines = table_of_rivals(cells(found, ("cifar10", "resnet20")))
     assert lines[2:] == ["| STRIP | 3 | 1 | 1 | WaNet (by 0.050) |"]  # nothing is said of Blend, where only one has a figure
+
+
+def test_who_is_ahead_is_compared_at_one_rate_of_false_rejections() -> None:
+    roc = {"auto": {"fpr": [0.0, 0.01, 1.0], "tpr": [0.5, 0.93, 1.0]}, "strip": {"fpr": [0.0, 0.02, 1.0], "tpr": [0.9, 0.96, 1.0]}}
+    found = [{**record("wanet", name, value), "roc": roc[name]} for name, value in (("auto", 0.9), ("strip", 0.95))]
+    assert table_at_one_rate(cells(found, ("cifar10", "resnet20")))[2:] == ["| WaNet | STRIP | 0.0100 | 0.0100 | 0.930 | 0.930 |"]
+    assert table_at_one_rate(cells(found[:1], ("cifar10", "resnet20"))) == []
 
 
 def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:

@@ -62,7 +62,7 @@ def measure(which: Suspect, device: torch.device, zoo: Path = ROOT, budget: Budg
     return {
         **{"suspect": which.stem, "weights_sha256": suspect.sha256, "target_fpr": TARGET, "budget": budget, **records.circumstances(device)},
         **{"seconds": round(time.monotonic() - began, 1), "search_seconds": round(searching, 1)},
-        **{"chosen": asdict(found.chosen), "canaries": found.canaries},
+        **{"chosen": asdict(found.chosen), "canaries": [asdict(each) for each in found.canaries]},
         "tried": [{**each, "real": real[setting]} for each, setting in zip(found.tried, real, strict=True)],
         "real": real[found.chosen],
     }
@@ -73,7 +73,7 @@ def _caught(guard: Guard, material: Material, images: torch.Tensor, wanted: torc
     threshold = conformal_threshold(guard.judge(material.validation.pixels).score, TARGET)
     judged = guard.judge(images)
     fooled = judged.prediction == wanted.cpu()
-    return round((judged.score[fooled] < threshold.value).double().mean().item(), 4)
+    return round(threshold.rejects(judged.score[fooled]).double().mean().item(), 4)
 
 
 def main() -> None:

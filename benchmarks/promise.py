@@ -37,7 +37,7 @@ def divided(scores: Tensor, n: int, target: float, divisions: int = DIVISIONS) -
     for _ in range(divisions):
         order = torch.randperm(len(scores), generator=source)
         threshold, judged = conformal_threshold(scores[order[:n]], target), scores[order[n:]]
-        rates.append((judged < threshold.value).double().mean().item())
+        rates.append(threshold.rejects(judged).double().mean().item())
         told.append(threshold.interval[0] <= rates[-1] <= threshold.interval[1])
     figures = {"mean_rate": sum(rates) / divisions, "within": sum(told) / divisions, "within_few": sum(told[:FEW]) / FEW}
     about = {"n": n, "target_fpr": target, "judged": len(judged), "divisions": divisions, "interval": [round(bound, 5) for bound in threshold.interval]}

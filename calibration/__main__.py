@@ -141,13 +141,9 @@ def _admit(args: argparse.Namespace) -> None:
 def _device(args: argparse.Namespace) -> Any:
     import torch
 
-    from models.errors import ConfigInvalid
+    from models.device import find_device
 
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # the second is what a torch without CUDA says of cuda
-        raise ConfigInvalid(f"The device {args.device!r} cannot be used here; auto, cpu and, with a GPU, cuda can.") from error
+    device = find_device(args.device)
     if device.type == "cuda":  # on a CPU all that is used here is deterministic, and saying so imports for seconds
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibration.augment import augment
-from calibration.finetune import LabelledPixels, Progress, accuracy, batches, generator, training_step
+from calibration.finetune import Advance, LabelledPixels, accuracy, batches, generator, training_step
 from models.preprocessing import Preprocessing
 
 TRIGGERS = {
@@ -83,6 +83,16 @@ def draw(kind: str, target: int, source: int | None, size: int, seed: int) -> Tr
 
 
 @dataclass(frozen=True)
+class Planted:
+    """What became of one planted trigger."""
+
+    kind: str
+    asr: float  # on held-back images
+    took: bool
+    power: float | None  # the share of validation images, of those that fool the copy, that the chosen setting catches; None where it did not take
+
+
+@dataclass(frozen=True)
 class Canary:
     """A copy of the suspect with several backdoors, and how well each took: its ASR on held-back images."""
 
@@ -119,7 +129,7 @@ def plant(
     epochs: int,
     rate: float,
     seed: int,
-    progress: Progress,
+    advance: Advance,
 ) -> Canary:
     """Finetune a copy of the suspect on clean images with true labels and, of each trigger, `rate` as many stamped ones with its target.
 
@@ -145,7 +155,7 @@ def plant(
             training_step(network, optimizer, torch.cat(pixels), torch.cat(labels), preprocessing)
             schedule.step()
             done += 1
-        progress(done / steps)
+        advance(done / steps)
     network.eval()
     asr = []
     for trigger in triggers:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from calibration.canary import Planted
 from models.checkpoint import Checkpoint
 from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choose
 
@@ -83,13 +83,13 @@ def own_errors(scores: Tensor, right: Tensor, threshold: Threshold) -> Caution |
     scores: float64 [n], right: whether the suspect is, bool [n]. Told where most of the rejected images are errors, more than chance would put there; with the
     target at which, of the images that it gets right, as large a share would be rejected as is now of all, where there is one that can be asked for.
     """
-    rejected = scores < threshold.value
+    rejected = threshold.rejects(scores)
     count, wrong, kept = int(rejected.sum()), int((rejected & ~right).sum()), int(right.sum())
     if wrong < MOSTLY * count or _chance(wrong, count, threshold.n - kept, threshold.n) >= CHANCE:
         return None
     detail = f"Of {count} rejected validation images the suspect gets {wrong} wrong itself: its errors take up the target of {threshold.target_fpr:.2%}."
-    beyond = conformal_threshold(scores[right], threshold.target_fpr).value  # reached: with so few right, chance would have put errors there
-    ample = math.ceil(10_000 * (int((scores < beyond).sum()) + 1) / (threshold.n + 1)) / 10_000  # as it is written, in hundredths of a percent
+    beyond = conformal_threshold(scores[right], threshold.target_fpr)  # reached: with so few right, chance would have put errors there
+    ample = math.ceil(10_000 * (int(beyond.rejects(scores).sum()) + 1) / (threshold.n + 1)) / 10_000  # as it is written, in hundredths of a percent
     if threshold.target_fpr < ample <= MOST_FPR:
         detail += f" With one of {ample:.2%}, {threshold.target_fpr:.2%} of the images that it gets right would be rejected."
     return Caution("own-errors", detail)
@@ -102,19 +102,19 @@ def _chance(hit: int, drawn: int, inside: int, n: int) -> float:
     return sum(math.exp(each - all_ways) for each in ways)
 
 
-def low_power(canaries: Sequence[dict[str, Any]]) -> Caution | None:
+def low_power(canaries: Sequence[Planted]) -> Caution | None:
     """A guard that misses most of what the calibration planted itself may miss as much of what an attacker trained."""
-    powers = {each["kind"]: each["power"] for each in canaries if each["power"] is not None}
+    powers = {each.kind: each.power for each in canaries if each.power is not None}
     if powers and sum(powers.values()) < 0.5 * len(powers):
         kinds = ", ".join(f"{kind} {power:.0%}" for kind, power in powers.items())
         return Caution("low-power", f"Of the backdoors planted in a copy of the suspect the guard catches less than half, averaged over their kinds: {kinds}.")
     return None
 
 
-def no_canary_took(canaries: Sequence[dict[str, Any]]) -> Caution | None:
+def no_canary_took(canaries: Sequence[Planted]) -> Caution | None:
     """Nothing chose the settings then, and nothing tells of power."""
-    if canaries and not any(each["took"] for each in canaries):
-        best = max(each["asr"] for each in canaries)
+    if canaries and not any(each.took for each in canaries):
+        best = max(each.asr for each in canaries)
         return Caution("no-canary-took", f"None of {len(canaries)} backdoors could be planted in a copy of the suspect (at best {best:.0%} of images obeyed).")
     return None
 

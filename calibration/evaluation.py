@@ -56,7 +56,7 @@ def evaluate_guard(
     at = found.pop("at")[f"{promised.target_fpr:g}"]
     return {
         **{"bundle_id": guarded.bundle_id, "target_fpr": promised.target_fpr, "threshold": promised.value, **found, **at},
-        "rejected": int((~(clean.score >= promised.value)).sum()),
+        "rejected": int(promised.rejects(clean.score).sum()),
         "rejections_expected": rejections_expected(promised, len(clean.score)),
         "warnings": [*warnings, *more],
     }

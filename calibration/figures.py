@@ -51,7 +51,7 @@ def figures(clean: Scored, triggered: Scored, validation: Tensor, targets: tuple
 
 def _at(clean: Scored, triggered: Scored, validation: Tensor, target: float) -> dict[str, Any]:
     threshold = conformal_threshold(validation, target)
-    rejected, caught = (~(each.score >= threshold.value) for each in (clean, triggered))  # what has no finite score is rejected, too
+    rejected, caught = (threshold.rejects(each.score) for each in (clean, triggered))
     right, fooled = clean.as_wanted, triggered.as_wanted
     return {
         "tpr": share(caught),

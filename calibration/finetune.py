@@ -20,7 +20,7 @@ from models.lowering import has_fast_bf16
 from models.preprocessing import Preprocessing
 from models.trunk import split, tail_copy
 
-Progress = Callable[[float], None]  # fraction done, 0 to 1
+Advance = Callable[[float], None]  # takes the fraction done, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def finite(networks: Sequence[nn.Module]) -> bool:
 
 
 def train_expert(
-    suspect: nn.Module, fit: LabelledPixels, wrong: Tensor, preprocessing: Preprocessing, *, lr: float, batch: int, seed: int, progress: Progress
+    suspect: nn.Module, fit: LabelledPixels, wrong: Tensor, preprocessing: Preprocessing, *, lr: float, batch: int, seed: int, advance: Advance
 ) -> tuple[nn.Module, Curve]:
     """The published expert: a whole copy of the suspect, one epoch of Adam towards the labels `wrong[y]` (int64 [C])."""
     expert = copy.deepcopy(suspect).train()
@@ -95,7 +95,7 @@ def train_expert(
     steps, losses = max(1, -(-len(fit) // batch)), []
     for step, rows in enumerate(batches(len(fit), batch, source, device), start=1):
         losses.append(training_step(expert, optimizer, augment(fit.pixels[rows], source), wrong.to(device)[fit.labels[rows]], preprocessing))
-        progress(step / steps)
+        advance(step / steps)
     return expert.eval(), Curve(tuple(range(1, len(losses) + 1)), (), tuple(losses))
 
 
@@ -113,7 +113,7 @@ def train_tails(
     stop_at: float,
     max_steps: int,
     seed: int,
-    progress: Progress,
+    advance: Advance,
 ) -> tuple[list[nn.Module], list[Curve]]:
     """Several experts on the suspect's own trunk, each towards a derangement of its own, each stopped when it has forgotten the task.
 
@@ -146,7 +146,7 @@ def train_tails(
                     losses[index].clear()
                     if right <= stop_at:
                         running.discard(index)
-            progress(max(step / max_steps, 1 - len(running) / count))
+            advance(max(step / max_steps, 1 - len(running) / count))
             if not running or step >= max_steps:
                 break
     return [tail.eval() for tail in tails], [Curve(*zip(*entries, strict=True)) if entries else Curve((), (), ()) for entries in history]
@@ -164,7 +164,7 @@ def train_auxiliary(
     steps_at: Sequence[int],
     decay: float,
     seed: int,
-    progress: Progress,
+    advance: Advance,
     hopeless: float = 0.0,
 ) -> tuple[nn.Module, Curve]:
     """A whole copy of the suspect finetuned on true labels: SGD, momentum 0.9, Nesterov, weight decay 1e-4, lr times `decay` at each of `steps_at`.
@@ -187,7 +187,7 @@ def train_auxiliary(
             right.append(accuracy(auxiliary.eval(), held_back, preprocessing))
             if epoch + 1 == max(steps_at, default=epochs) and right[-1] < hopeless:
                 break
-        progress((epoch + 1) / epochs)
+        advance((epoch + 1) / epochs)
     return auxiliary.eval(), Curve(tuple(range(1, len(losses) + 1)), tuple(right), tuple(losses))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from calibration.clean_set import CleanSet, open_clean_set
 from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
-from calibration.finetune import LabelledPixels
+from calibration.finetune import Advance, LabelledPixels
 from calibration.resume import fingerprint
 from calibration.split import Parts, Rows, hold_back, sample, split
 from calibration.suspect import Suspect, Understood, named_classes, read_suspect, refuse_disorder, understand
@@ -73,12 +72,12 @@ class Material:
         return self.understood.preprocessing
 
 
-def read(config: CalibrationConfig, inputs: Inputs, device: torch.device, step: Callable[[float], None] = lambda _: None) -> Opened:
+def read(config: CalibrationConfig, inputs: Inputs, device: torch.device, advance: Advance = lambda _: None) -> Opened:
     """Open the operator's files and divide the clean set. Raises a Problem."""
     suspect = read_suspect(inputs.checkpoint, config.architecture, config.num_classes, device)
-    step(0.3)
+    advance(0.3)
     clean = _labelled(inputs.clean_set, config, suspect)
-    step(0.9)
+    advance(0.9)
     held_back = AutoRecipe.held_back if config.preset == "auto" else 0.0
     if inputs.validation_set is None:
         parts = split(clean.labels, clean.groups, config.target_fpr, held_back, config.seed)

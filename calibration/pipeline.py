@@ -53,8 +53,8 @@ def calibrate(
     calibration that was stopped goes on behind its last finished stage, with the same result.
     """
     tracker = Tracker(emit, () if config.searches else ("canaries",))
-    with tracker.stage("read") as step, reading():
-        opened = read(config, inputs, device, step)
+    with tracker.stage("read") as advance, reading():
+        opened = read(config, inputs, device, advance)
     with tracker.stage("preprocessing"), reading():
         material = prepare(config, opened, device)
     resume = Resume(unfinished, material.fingerprint(config) if unfinished is not None else "")

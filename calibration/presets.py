@@ -42,17 +42,17 @@ def train(config: CalibrationConfig, material: Material, tracker: Tracker, resum
 def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker, resume: Resume) -> Trained:
     fit, preprocessing, suspect = material.fit, material.preprocessing, material.network
     recipe = paper_recipe(material.understood.suspect.architecture.short_name, preprocessing.size)
-    with tracker.stage("expert") as step:
+    with tracker.stage("expert") as advance:
 
         def make_expert() -> Made:
             wrong = shift(material.num_classes)
-            expert, curve = train_expert(suspect, fit, wrong, preprocessing, lr=recipe.expert_lr, batch=recipe.expert_batch, seed=config.seed, progress=step)
+            expert, curve = train_expert(suspect, fit, wrong, preprocessing, lr=recipe.expert_lr, batch=recipe.expert_batch, seed=config.seed, advance=advance)
             if not finite([expert]):
                 raise TrainingDiverged
             return [expert], {"curves": [asdict(curve)]}
 
-        experts, expert_known = resume.networks("expert", lambda _: [copy.deepcopy(suspect)], make_expert)
-    with tracker.stage("auxiliary") as step:
+        experts, expert_known = resume.networks("expert", lambda: [copy.deepcopy(suspect)], make_expert)
+    with tracker.stage("auxiliary") as advance:
 
         def make_auxiliary() -> Made:
             auxiliary, curve = train_auxiliary(
@@ -66,13 +66,13 @@ def _train_paper(config: CalibrationConfig, material: Material, tracker: Tracker
                 steps_at=recipe.auxiliary_steps,
                 decay=recipe.auxiliary_decay,
                 seed=config.seed,
-                progress=step,
+                advance=advance,
             )
             if not finite([auxiliary]):
                 raise TrainingDiverged
             return [auxiliary], {"curve": asdict(curve)}
 
-        (auxiliary,), known = resume.networks("auxiliary", lambda _: [copy.deepcopy(suspect)], make_auxiliary)
+        (auxiliary,), known = resume.networks("auxiliary", lambda: [copy.deepcopy(suspect)], make_auxiliary)
     make_guard = partial(Guard, suspect, experts, auxiliary, preprocessing, c=recipe.c)
     return Trained(make_guard, None, asdict(recipe), [_curve(each) for each in expert_known["curves"]], _curve(known["curve"]))
 
@@ -83,23 +83,23 @@ def _train_auto(config: CalibrationConfig, material: Material, held_back: Labell
     workshop = Workshop(recipe, material, held_back, cuts, config.seed)
     searched = None
     if config.searches:
-        with tracker.stage("canaries") as step:
-            searched = search(workshop, config.budget, config.target_fpr, resume, step)
+        with tracker.stage("canaries") as advance:
+            searched = search(workshop, config.budget, config.target_fpr, resume, advance)
     setting = default_setting(workshop) if searched is None else searched.chosen
-    with tracker.stage("expert") as step:
+    with tracker.stage("expert") as advance:
 
         def make_experts() -> Made:
-            tails, curves, lr = workshop.experts(network, setting.expert_stop, step)
+            tails, curves, lr = workshop.experts(network, setting.expert_stop, advance)
             return tails, {"curves": [asdict(curve) for curve in curves], "lr": lr}
 
-        tails, expert_known = resume.networks("expert", lambda _: [tail_copy(network, workshop.cut) for _ in range(recipe.experts)], make_experts)
-    with tracker.stage("auxiliary") as step:
+        tails, expert_known = resume.networks("expert", lambda: [tail_copy(network, workshop.cut) for _ in range(recipe.experts)], make_experts)
+    with tracker.stage("auxiliary") as advance:
 
         def make_auxiliary() -> Made:
-            auxiliary, curve, lr = workshop.auxiliary(network, setting.auxiliary_lr, step)
+            auxiliary, curve, lr = workshop.auxiliary(network, setting.auxiliary_lr, advance)
             return [auxiliary], {"curve": asdict(curve), "lr": lr}
 
-        (auxiliary,), known = resume.networks("auxiliary", lambda _: [copy.deepcopy(network)], make_auxiliary)
+        (auxiliary,), known = resume.networks("auxiliary", lambda: [copy.deepcopy(network)], make_auxiliary)
     found = {"expert_stop": setting.expert_stop, "expert_lr": expert_known["lr"], "auxiliary_lr": known["lr"]}
     where = {"cuts": None if cuts is None else asdict(cuts), "tail_share_found": round(share, 4)}
     curves = [_curve(each) for each in expert_known["curves"]]

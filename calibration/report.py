@@ -43,7 +43,7 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         "Clean accuracy, suspect": f"{accuracy['suspect']:.1%}, behind the guard {accuracy['guarded']:.1%}",
         "Clean accuracy, backdoor expert": ", ".join(f"{value:.1%}" for value in accuracy["experts"]),
         "Clean accuracy, auxiliary": f"{accuracy['auxiliary']:.1%}",
-        "Threshold": f"{threshold.value:.4f} (natural logarithm of the score)",
+        "Threshold": f"{threshold.value:.4f}, of the score",
         "Signs of a backdoor": _signs(report),
         "Seconds": ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["stage_seconds"].items()),
         "Made on": ", ".join(f"{key} {value}" for key, value in report["environment"].items()),
@@ -106,7 +106,7 @@ def _histogram(judged: Judgement, labels: Tensor, threshold: Threshold) -> str:
     axes = figure.subplots()
     axes.hist([scores[right], scores[~right]], bins=60, stacked=True, color=[_BLUE, _ORANGE], label=["suspect right", "suspect wrong"])
     axes.axvline(threshold.value, color="black", linewidth=1.2, label="threshold")
-    axes.set(xlabel="score (natural logarithm)", ylabel="images", yscale="symlog")
+    axes.set(xlabel="score", ylabel="images", yscale="symlog")
     axes.legend(frameon=False)
     return _svg(figure)
 
@@ -114,7 +114,7 @@ def _histogram(judged: Judgement, labels: Tensor, threshold: Threshold) -> str:
 def _scatter(judged: Judgement, labels: Tensor, threshold: Threshold) -> str:
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     axes = figure.subplots()
-    rejected = judged.score < threshold.value
+    rejected = threshold.rejects(judged.score)
     for rows, color, name in ((~rejected, _BLUE, "accepted"), (rejected, _ORANGE, "rejected")):
         axes.scatter(judged.expert[rows], judged.auxiliary[rows], s=9, color=color, alpha=0.6, linewidths=0, label=name)
     axes.set(xlabel="confidence of the backdoor expert, x", ylabel="confidence of the auxiliary, y", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))

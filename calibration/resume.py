@@ -31,8 +31,8 @@ class Resume:
         self._folder, self._fingerprint = folder, fingerprint
         self.taken: list[str] = []  # stages that were not made anew
 
-    def networks(self, stage: str, blank: Callable[[dict[str, Any]], list[nn.Module]], make: Callable[[], Made]) -> Made:
-        """What `make` gives, or gave before it was stopped in a later stage; `blank` gives networks of the same shapes for what is known of them."""
+    def networks(self, stage: str, blank: Callable[[], list[nn.Module]], make: Callable[[], Made]) -> Made:
+        """What `make` gives, or gave before it was stopped in a later stage; `blank` gives networks of the same shapes."""
         if self._folder is None:
             return make()
         path = self._folder / f"{stage}.safetensors"
@@ -55,14 +55,14 @@ class Resume:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _read(self, path: Path, blank: Callable[[dict[str, Any]], list[nn.Module]]) -> Made | None:
+    def _read(self, path: Path, blank: Callable[[], list[nn.Module]]) -> Made | None:
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 if about.get("fingerprint") != self._fingerprint:
                     return None
                 known = json.loads(about["known"])
-                networks = blank(known)
+                networks = blank()
                 for index, network in enumerate(networks):
                     network.load_state_dict({name: file.get_tensor(f"{index}.{name}") for name in network.state_dict()})
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.canary import KINDS, Canary, Trigger, draw_all, plant
+from calibration.canary import KINDS, Canary, Planted, Trigger, draw_all, plant
 from calibration.config import Budget
-from calibration.finetune import LabelledPixels, Progress
+from calibration.finetune import Advance, LabelledPixels
 from calibration.resume import Made, Resume
 from calibration.workshop import Workshop
 from models.guard import Guard
@@ -39,29 +39,29 @@ class Setting:
 
 @dataclass(frozen=True)
 class Searched:
-    """What the canaries said; all of it as the report has it."""
+    """What the canaries said."""
 
     chosen: Setting
-    canaries: list[dict[str, Any]]  # kind, target, asr, took, and power: the share that the chosen setting catches of those that fool the copy
-    tried: list[dict[str, Any]]  # setting, and what it caught of each kind among held-back images
+    canaries: list[Planted]
+    tried: list[dict[str, Any]]  # as the report has it: setting, and what it caught of each kind among held-back images
 
 
-def search(workshop: Workshop, budget: Budget, target_fpr: float, resume: Resume, step: Progress) -> Searched:
+def search(workshop: Workshop, budget: Budget, target_fpr: float, resume: Resume, advance: Advance) -> Searched:
     """Plant canaries, try the settings of a budget, choose one, and estimate its power. Where no canary took, the default is chosen."""
     known: dict[str, Any]
-    _, known = resume.networks("canaries", lambda _: [], lambda: _search(workshop, budget, target_fpr, step))
-    return Searched(Setting(**known["chosen"]), known["canaries"], known["tried"])
+    _, known = resume.networks("canaries", list, lambda: _search(workshop, budget, target_fpr, advance))
+    return Searched(Setting(**known["chosen"]), [Planted(**each) for each in known["canaries"]], known["tried"])
 
 
-def _search(workshop: Workshop, budget: Budget, target_fpr: float, step: Progress) -> Made:
+def _search(workshop: Workshop, budget: Budget, target_fpr: float, advance: Advance) -> Made:
     material, held_back, default = workshop.material, workshop.held_back, default_setting(workshop)
     triggers = draw_all(KINDS, material.num_classes, material.fit.labels, material.preprocessing.size, workshop.seed)
-    canary = plant_by_recipe(workshop, triggers, lambda done: step(0.2 * done))
+    canary = plant_by_recipe(workshop, triggers, lambda done: advance(0.2 * done))
     stamped = {trigger.kind: stamp(trigger, held_back) for trigger in canary.took}
     guards: dict[Setting, Guard] = {}
     tried = []
     if stamped:
-        guards = make_guards(workshop, canary.network, budget, lambda done: step(0.2 + 0.7 * done))
+        guards = make_guards(workshop, canary.network, budget, lambda done: advance(0.2 + 0.7 * done))
         for setting, guard in guards.items():
             tried.append({**asdict(setting), "caught": caught(guard, held_back, stamped, target_fpr)})
     chosen = choose(tried, default)
@@ -69,12 +69,11 @@ def _search(workshop: Workshop, budget: Budget, target_fpr: float, step: Progres
     if stamped:
         validation = material.validation
         power = caught(guards[chosen], validation, {trigger.kind: stamp(trigger, validation) for trigger in canary.took}, target_fpr)
-    step(1.0)
-    about = [
-        {"kind": trigger.kind, "asr": round(asr, 4), "took": trigger in canary.took, "power": power.get(trigger.kind)}
-        for trigger, asr in zip(canary.triggers, canary.asr, strict=True)
+    advance(1.0)
+    planted = [
+        Planted(trigger.kind, round(asr, 4), trigger in canary.took, power.get(trigger.kind)) for trigger, asr in zip(canary.triggers, canary.asr, strict=True)
     ]
-    return [], {"chosen": asdict(chosen), "canaries": about, "tried": tried}
+    return [], {"chosen": asdict(chosen), "canaries": [asdict(each) for each in planted], "tried": tried}
 
 
 def default_setting(workshop: Workshop) -> Setting:
@@ -82,7 +81,7 @@ def default_setting(workshop: Workshop) -> Setting:
     return Setting(workshop.recipe.expert_stop, workshop.recipe.auxiliary_lr)
 
 
-def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], step: Progress) -> Canary:
+def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], advance: Advance) -> Canary:
     """With the constants of the recipe."""
     recipe, material = workshop.recipe, workshop.material
     return plant(
@@ -96,17 +95,17 @@ def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], step: Pro
         epochs=recipe.canary_epochs,
         rate=recipe.canary_rate,
         seed=workshop.seed,
-        progress=step,
+        advance=advance,
     )
 
 
-def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, step: Progress = lambda _: None) -> dict[Setting, Guard]:
+def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, advance: Advance = lambda _: None) -> dict[Setting, Guard]:
     """A guard of `network` for every setting of a budget: each kind of expert and of auxiliary is trained once."""
     stops, rates = STOPS[budget], HOTTEST[budget]
     parts, done = len(stops) + 2 * len(rates), 0
 
-    def within(weight: int) -> Progress:
-        return lambda share: step((done + weight * share) / parts)
+    def within(weight: int) -> Advance:
+        return lambda share: advance((done + weight * share) / parts)
 
     experts: dict[float, list[nn.Module]] = {}
     auxiliaries: dict[float, nn.Module] = {}
@@ -134,7 +133,7 @@ def caught(guard: Guard, clean: LabelledPixels, stamped: dict[str, LabelledPixel
     for kind, images in stamped.items():
         judged = guard.judge(images.pixels)
         fooled = judged.prediction == images.labels.cpu()
-        found[kind] = round(_share(judged.score[fooled] < threshold.value), 4) if fooled.any() else None
+        found[kind] = round(_share(threshold.rejects(judged.score[fooled])), 4) if fooled.any() else None
     return found
 
 

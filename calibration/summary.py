@@ -34,7 +34,7 @@ def measure_accuracies(guard: Guard, material: Material, judged: Judgement, thre
         shared = [guard.evidence(batch).shared for batch in inputs]
         return {
             "suspect": suspect_right.float().mean().item(),
-            "guarded": (suspect_right & (judged.score >= threshold.value)).float().mean().item(),
+            "guarded": (suspect_right & ~threshold.rejects(judged.score)).float().mean().item(),
             "experts": [right(expert, shared) for expert in guard.experts],
             "auxiliary": right(guard.auxiliary, inputs),
         }
@@ -61,7 +61,7 @@ def summarise(
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
-        checks.uneven_rejections(judged.score < threshold.value, labels, clean.names),
+        checks.uneven_rejections(threshold.rejects(judged.score), labels, clean.names),
         checks.own_errors(judged.score, judged.prediction == labels, threshold),
         checks.no_canary_took(canaries),
         checks.low_power(canaries),
@@ -83,7 +83,7 @@ def summarise(
         "preprocessing": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in finding.candidates],
         "preprocessing_notes": list(finding.notes),
         "settings": trained.settings,
-        "canaries": canaries,
+        "canaries": [asdict(each) for each in canaries],
         "search": [] if trained.searched is None else trained.searched.tried,
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
         "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in clean.warnings],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from calibration.config import AutoRecipe
-from calibration.finetune import Curve, LabelledPixels, Progress, accuracy, finite, train_auxiliary, train_tails
+from calibration.finetune import Advance, Curve, LabelledPixels, accuracy, finite, train_auxiliary, train_tails
 from calibration.fusion import fuse, lower
 from calibration.material import Material
 from models import trunk
@@ -30,7 +30,7 @@ class Workshop:
     def cut(self) -> str | None:
         return None if self.cuts is None else self.cuts.experts
 
-    def experts(self, network: nn.Module, stop: float, step: Progress) -> tuple[list[nn.Module], list[Curve], float]:
+    def experts(self, network: nn.Module, stop: float, advance: Advance) -> tuple[list[nn.Module], list[Curve], float]:
         """Experts that were stopped at a held-back accuracy of `stop`, with their curves and the learning rate. Raises TrainingDiverged."""
         for lr in self.recipe.expert_lrs:
             tails, curves = train_tails(
@@ -46,13 +46,13 @@ class Workshop:
                 stop_at=stop,
                 max_steps=self.recipe.expert_steps,
                 seed=self.seed,
-                progress=step,
+                advance=advance,
             )
             if finite(tails):
                 return tails, curves, lr
         raise TrainingDiverged
 
-    def auxiliary(self, network: nn.Module, hottest: float, step: Progress) -> tuple[nn.Module, Curve, float]:
+    def auxiliary(self, network: nn.Module, hottest: float, advance: Advance) -> tuple[nn.Module, Curve, float]:
         """The auxiliary of the hottest learning rate, from `hottest` on, that keeps the task, with its curve. Raises TrainingDiverged."""
         keep = self.recipe.auxiliary_keep * accuracy(network.eval(), self.held_back, self.material.preprocessing)
         for lr in (rate for rate in self.recipe.auxiliary_lrs if rate <= hottest):
@@ -67,7 +67,7 @@ class Workshop:
                 steps_at=self.recipe.auxiliary_steps,
                 decay=self.recipe.auxiliary_decay,
                 seed=self.seed,
-                progress=step,
+                advance=advance,
                 hopeless=self.recipe.auxiliary_hopeless * keep,
             )
             if curve.accuracy[-1] >= keep:

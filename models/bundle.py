@@ -183,7 +183,7 @@ def check(found: Bundle) -> None:
     if found.reference is None:
         return
     threshold, now = found.description.threshold, found.guard.judge(found.reference.pixels).score
-    rejected, before = (int((~(scores >= threshold.value)).sum()) for scores in (now, found.reference.scores))
+    rejected, before = (int(threshold.rejects(scores).sum()) for scores in (now, found.reference.scores))
     low, high = threshold.interval
     # One fewer than the rank are rejected of the validation images themselves; with a rank of 1 that is none.
     if not min(low, (threshold.rank - 1) / threshold.n) <= (threshold.rank - 1 + rejected - before) / threshold.n <= max(high, threshold.rank / threshold.n):

@@ -22,7 +22,7 @@ MOST_FPR = 0.2  # that may be asked for
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold and what it promises. Reject when score < value.
+    """A threshold and what it promises.
 
     `rank`-th smallest of `n` validation scores: a clean image from the same source is then rejected with probability rank / (n + 1), on average over
     validation sets; for the set at hand the share that it rejects of the next COUNTED of them lies in `interval` with probability 0.9, at least.
@@ -33,6 +33,10 @@ class Threshold:
     n: int
     rank: int
     interval: tuple[float, float]
+
+    def rejects(self, scores: Tensor) -> Tensor:
+        """Which of these are rejected, bool, in the shape of `scores`. What is no number is: nothing is known of such an image."""
+        return ~(scores >= self.value)
 
 
 def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:

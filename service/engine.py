@@ -129,8 +129,9 @@ class Engine:
             images = images.to(self.device, non_blocking=True)
         judged = live.network(images, threshold=live.threshold.value).cpu()
         expert, auxiliary = ([None if math.isnan(value) else value for value in values.tolist()] for values in (judged.expert, judged.auxiliary))
-        columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), expert, auxiliary)
-        return [Outcome(*row, rejected=not row[2] >= live.threshold.value) for row in zip(*columns, strict=True)]
+        rejected = live.threshold.rejects(judged.score).tolist()
+        columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), expert, auxiliary, rejected)
+        return [Outcome(*row) for row in zip(*columns, strict=True)]
 
     def _serve(self, live: LiveGuard) -> LiveGuard:
         self._live[live.name] = live

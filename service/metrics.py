@@ -21,8 +21,8 @@ class Metrics:
         r = self.registry
         self.verdicts = Counter("badexpert_verdicts", "Images judged.", ["guard", "verdict"], registry=r)
         self.rejections = Counter("badexpert_rejections", "Images rejected, by the class they would have got.", ["guard", "predicted_class"], registry=r)
-        self.score = Histogram("badexpert_score", "Natural logarithm of score over threshold; below 0 is rejected.", ["guard"], buckets=_MARGINS, registry=r)
-        self.threshold = Gauge("badexpert_threshold", "Natural logarithm of the threshold in force.", ["guard"], registry=r)
+        self.score = Histogram("badexpert_score", "Score minus threshold; below 0 is rejected.", ["guard"], buckets=_MARGINS, registry=r)
+        self.threshold = Gauge("badexpert_threshold", "Threshold in force.", ["guard"], registry=r)
         self.target_fpr = Gauge("badexpert_target_fpr_ratio", "Promised share of clean images that are rejected.", ["guard"], registry=r)
         self.guard_info = Gauge("badexpert_guard_info", "1 for the version being served.", ["guard", "version", "bundle_id", "mode"], registry=r)
         self.requests = Counter("badexpert_http_requests", "Requests answered.", ["method", "route", "status"], registry=r)

@@ -43,7 +43,7 @@ class Prediction(BaseModel):
 class Explanation(BaseModel):
     """Why: an oracle for an attacker, so only for callers of the admin scope who ask for it."""
 
-    score: float = Field(description="natural logarithm of the score; below the threshold is rejected")
+    score: float = Field(description="small is suspicious: below the threshold the image is rejected")
     threshold: float
     expert_confidence: float | None = Field(description="null (preset paper): what the auxiliary says suffices to accept the image")
     auxiliary_confidence: float | None = Field(description="null (preset auto): the suspect's features and the experts spoke clearly enough for a clean image")

@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 from models import architectures
+from models.device import find_device
 from models.errors import Problem
 from models.registry import Registry
 from service.app import Service
@@ -119,17 +120,10 @@ def _admit(settings: Settings) -> None:
 
 
 def _device(settings: Settings) -> torch.device:
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except torch.OutOfMemoryError as error:
-        raise CannotStart(f"The device {settings.device!r} has no free memory. Stop what else uses it, or name another device.") from error
-    except (RuntimeError, AssertionError) as error:
-        raise CannotStart(f"The device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
+        return find_device(settings.device)
+    except Problem as problem:
+        raise CannotStart(problem.detail) from problem
 
 
 def _data(settings: Settings) -> tuple[Registry, Jobs]:

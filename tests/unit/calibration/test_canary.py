@@ -68,7 +68,7 @@ def test_a_class_without_images_is_no_obstacle() -> None:
     """Neither the source of one trigger nor anybody to cover another is there."""
     data = LabelledPixels(images(40), torch.zeros(40, dtype=torch.int64))
     triggers = (draw("patch", 0, None, 32, 0), draw("sourced", 1, 2, 32, 0), draw("sourced", 1, 0, 32, 0))
-    canary = plant(thin_resnet(8, 4).eval(), triggers, data, data, PREPROCESSING, lr=0.05, batch=16, epochs=1, rate=0.2, seed=0, progress=lambda _: None)
+    canary = plant(thin_resnet(8, 4).eval(), triggers, data, data, PREPROCESSING, lr=0.05, batch=16, epochs=1, rate=0.2, seed=0, advance=lambda _: None)
     assert canary.asr[:2] == (0.0, 0.0)
 
 
@@ -80,7 +80,7 @@ def test_backdoors_take_in_a_copy_which_keeps_the_task_and_the_suspect_stays_as_
     suspect = thin_resnet(8, 4).eval()
     before = {name: value.clone() for name, value in suspect.state_dict().items()}
     triggers = tuple(draw(kind, target, source, 32, 0) for kind, target, source in (("patch", 0, None), ("sourced", 1, 2)))
-    canary = plant(suspect, triggers, data, data, PREPROCESSING, lr=0.05, batch=64, epochs=8, rate=0.2, seed=0, progress=lambda _: None)
+    canary = plant(suspect, triggers, data, data, PREPROCESSING, lr=0.05, batch=64, epochs=8, rate=0.2, seed=0, advance=lambda _: None)
     assert all(value.equal(before[name]) for name, value in suspect.state_dict().items())
     assert accuracy(canary.network, data, PREPROCESSING) > 0.8
     assert canary.took == tuple(trigger for trigger, asr in zip(triggers, canary.asr, strict=True) if asr >= TOOK)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from calibration import checks
+from calibration.canary import Planted
 from models.threshold import conformal_threshold
 
 DOC = Path(__file__).parent.parent.parent.parent / "docs" / "checks.md"
 
 
-def canaries(*powers: float | None) -> list[dict[str, Any]]:
-    return [{"kind": f"kind{index}", "asr": 0.3 if power is None else 0.95, "took": power is not None, "power": power} for index, power in enumerate(powers)]
+def canaries(*powers: float | None) -> list[Planted]:
+    return [Planted(f"kind{index}", 0.3 if power is None else 0.95, power is not None, power) for index, power in enumerate(powers)]
 
 
 @pytest.mark.parametrize("powers", [(1.0, 0.9, 0.1), (0.5, 0.5), (1.0, None), (None, None), ()])

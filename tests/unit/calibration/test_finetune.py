@@ -65,7 +65,7 @@ def test_a_shift_moves_the_picture_and_pads_with_black() -> None:
 def test_training_an_auxiliary_learns_the_task_and_leaves_the_suspect_alone() -> None:
     suspect, data = material()
     before = {key: value.clone() for key, value in suspect.state_dict().items()}
-    auxiliary, curve = train_auxiliary(suspect, data, data, PLAIN, lr=0.05, batch=16, epochs=6, steps_at=(4,), decay=0.1, seed=0, progress=lambda _: None)
+    auxiliary, curve = train_auxiliary(suspect, data, data, PLAIN, lr=0.05, batch=16, epochs=6, steps_at=(4,), decay=0.1, seed=0, advance=lambda _: None)
     assert curve.accuracy[-1] > 0.9
     assert accuracy(auxiliary, data, PLAIN) == curve.accuracy[-1]
     assert all(torch.equal(before[key], value) for key, value in suspect.state_dict().items())
@@ -74,7 +74,7 @@ def test_training_an_auxiliary_learns_the_task_and_leaves_the_suspect_alone() ->
 
 def test_an_auxiliary_that_has_lost_the_task_before_its_coldest_part_is_given_up() -> None:
     suspect, data = material()
-    fixed = {"batch": 16, "epochs": 6, "steps_at": (4,), "decay": 0.1, "seed": 0, "progress": lambda _: None}
+    fixed = {"batch": 16, "epochs": 6, "steps_at": (4,), "decay": 0.1, "seed": 0, "advance": lambda _: None}
     _, lost = train_auxiliary(suspect, data, data, PLAIN, lr=1e-6, hopeless=0.9, **fixed)  # type: ignore[arg-type]
     _, kept = train_auxiliary(suspect, data, data, PLAIN, lr=0.05, hopeless=0.1, **fixed)  # type: ignore[arg-type]
     assert lost.steps == (1, 2, 3, 4)
@@ -83,15 +83,15 @@ def test_an_auxiliary_that_has_lost_the_task_before_its_coldest_part_is_given_up
 
 def test_the_published_expert_takes_one_epoch_towards_the_wrong_labels() -> None:
     suspect, data = material()
-    _, curve = train_expert(suspect, data, shift(4), PLAIN, lr=1e-3, batch=16, seed=0, progress=lambda _: None)
+    _, curve = train_expert(suspect, data, shift(4), PLAIN, lr=1e-3, batch=16, seed=0, advance=lambda _: None)
     assert curve.steps == (1, 2, 3, 4)
 
 
 def test_tails_stop_when_they_have_forgotten_the_task() -> None:
     suspect, data = material()
-    trained, _ = train_auxiliary(suspect, data, None, PLAIN, lr=0.05, batch=16, epochs=6, steps_at=(4,), decay=0.1, seed=0, progress=lambda _: None)
+    trained, _ = train_auxiliary(suspect, data, None, PLAIN, lr=0.05, batch=16, epochs=6, steps_at=(4,), decay=0.1, seed=0, advance=lambda _: None)
     cut = choose_cut(trained, PLAIN.normalise(data.pixels[:1]), 0.1).name
-    tails, curves = train_tails(trained, cut, 2, data, data, 4, PLAIN, lr=3e-3, batch=16, stop_at=0.2, max_steps=200, seed=0, progress=lambda _: None)
+    tails, curves = train_tails(trained, cut, 2, data, data, 4, PLAIN, lr=3e-3, batch=16, stop_at=0.2, max_steps=200, seed=0, advance=lambda _: None)
     assert len(tails) == 2
     for curve in curves:
         assert curve.accuracy[-1] <= 0.2
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
     cut = choose_cut(suspect, PLAIN.normalise(data.pixels[:1]), 0.1).name
 
     def tails(seed: int) -> list[torch.Tensor]:
-        made, _ = train_tails(suspect, cut, 2, data, data, 4, PLAIN, lr=1e-3, batch=16, stop_at=0.0, max_steps=10, seed=seed, progress=lambda _: None)
+        made, _ = train_tails(suspect, cut, 2, data, data, 4, PLAIN, lr=1e-3, batch=16, stop_at=0.0, max_steps=10, seed=seed, advance=lambda _: None)
         return [value for tail in made for value in tail.state_dict().values()]
 
     torch.rand(5)  # the global random state must not matter

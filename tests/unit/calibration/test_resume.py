@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,12 +12,12 @@ from calibration.resume import Made, Resume, fingerprint
 from models import bundle
 
 
-def blank(_: dict[str, Any]) -> list[nn.Module]:
+def blank() -> list[nn.Module]:
     return [nn.Linear(3, 2), nn.BatchNorm1d(2)]
 
 
 def make() -> Made:
-    return [network.eval() for network in blank({})], {"lr": 0.1, "loss": [0.3, 1e-17]}
+    return [network.eval() for network in blank()], {"lr": 0.1, "loss": [0.3, 1e-17]}
 
 
 def never() -> Made:
@@ -57,7 +56,7 @@ def test_a_file_that_cannot_be_read_is_made_again(tmp_path: Path, damage: bytes)
 def test_a_network_of_another_shape_is_made_again(tmp_path: Path) -> None:
     Resume(tmp_path, "a").networks("expert", blank, make)
     with pytest.raises(AssertionError, match="made again"):
-        Resume(tmp_path, "a").networks("expert", lambda _: [nn.Linear(4, 2)], never)
+        Resume(tmp_path, "a").networks("expert", lambda: [nn.Linear(4, 2)], never)
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from calibration.clean_set import CleanSet, open_clean_set
+from calibration.clean_set import CleanSet, Limits, open_clean_set
 from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
 from calibration.finetune import Advance, LabelledPixels
 from calibration.resume import fingerprint
 from calibration.split import Parts, Rows, hold_back, sample, split
 from calibration.suspect import Suspect, Understood, named_classes, read_suspect, refuse_disorder, understand
+from models.errors import CleanSetDegenerate
 from models.preprocessing import Preprocessing
 from models.threshold import conformal_threshold
 
@@ -38,6 +39,7 @@ class Opened:
     clean: CleanSet
     validation: CleanSet
     parts: Parts
+    warnings: tuple[str, ...]  # what was forgiven about the sets
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ def read(config: CalibrationConfig, inputs: Inputs, device: torch.device, advanc
     held_back = AutoRecipe.held_back if config.preset == "auto" else 0.0
     if inputs.validation_set is None:
         parts = split(clean.labels, clean.groups, config.target_fpr, held_back, config.seed)
-        return Opened(suspect, clean, clean, parts)
+        return Opened(suspect, clean, clean, parts, clean.warnings)
     validation = _labelled(inputs.validation_set, config, suspect)
     conformal_threshold(torch.zeros(len(validation)), config.target_fpr)  # raises now, not after minutes of training, where it is out of reach
-    fit_rows, back = hold_back(np.arange(len(clean)), clean.labels, clean.groups, held_back, config.seed)
-    return Opened(suspect, clean, validation, Parts(fit_rows, back, np.arange(len(validation))))
+    rows, told = _not_among(validation, clean)
+    fit_rows, back = hold_back(rows, clean.labels, clean.groups, held_back, config.seed)
+    warnings = (*clean.warnings, *(f"Of the validation set: {text}" for text in validation.warnings), *told)
+    return Opened(suspect, clean, validation, Parts(fit_rows, back, np.arange(len(validation))), warnings)
 
 
 def prepare(config: CalibrationConfig, opened: Opened, device: torch.device) -> Material:
@@ -110,6 +114,21 @@ def affordable(opened: Opened, size: int, seed: int) -> Parts:
 def _labelled(path: Path, config: CalibrationConfig, suspect: Suspect) -> CleanSet:
     clean = open_clean_set(path)
     return clean.labelled_by(suspect.num_classes, named_classes(config.classes, suspect, clean))
+
+
+def _not_among(validation: CleanSet, clean: CleanSet) -> tuple[Rows, list[str]]:
+    """Rows of the clean set that the validation set does not have, and what to say of the others: what trained the guard must not set its threshold.
+
+    Raises CleanSetDegenerate where too few are left.
+    """
+    rows, least = clean.rows_not_in(validation), Limits().min_images
+    count = len(clean) - len(rows)
+    if len(rows) < least:
+        raise CleanSetDegenerate(
+            f"Of the clean set's {len(clean):,} images {count:,} are in the validation set, too, exactly or nearly, and {len(rows):,} are left; at least "
+            f"{least} must be. Send other images, or no validation set: a part of the clean set then sets the threshold."
+        )
+    return rows, [f"{count:,} of {len(clean):,} images trained nothing, since they are in the validation set, too, exactly or nearly."] if count else []
 
 
 def _load(clean: CleanSet, rows: Rows, preprocessing: Preprocessing, device: torch.device) -> LabelledPixels:

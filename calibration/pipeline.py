@@ -69,7 +69,7 @@ def calibrate(
     with tracker.stage("report"):
         from calibration.report import render  # imports matplotlib: not for a check, nor before there is something to draw
 
-        report = summarise(config, opened.clean, material, trained, threshold, accuracies, judged, tracker.seconds, resume.taken)
+        report = summarise(config, opened, material, trained, threshold, accuracies, judged, tracker.seconds, resume.taken)
         html = render(report, judged, material.validation.labels.cpu(), threshold, trained.expert_curves, trained.auxiliary_curve)
     with tracker.stage("publish"), registry.staging() as folder:
         description = bundle.Description(

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from calibration import checks
-from calibration.clean_set import CleanSet
 from calibration.config import CalibrationConfig
-from calibration.material import Material
+from calibration.material import Material, Opened
 from calibration.presets import Trained
 from calibration.suspect import doubts_on_images
 from models.guard import Guard, Judgement, fed
@@ -42,7 +41,7 @@ def measure_accuracies(guard: Guard, material: Material, judged: Judgement, thre
 
 def summarise(
     config: CalibrationConfig,
-    clean: CleanSet,
+    opened: Opened,
     material: Material,
     trained: Trained,
     threshold: Threshold,
@@ -52,7 +51,7 @@ def summarise(
     resumed: Sequence[str],
 ) -> dict[str, Any]:
     """The report as JSON: what the page shows, the service answers and the bundle keeps."""
-    suspect, finding = material.understood.suspect, material.understood.finding
+    clean, suspect, finding = opened.clean, material.understood.suspect, material.understood.finding
     images = {"fit": len(material.fit), "held_back": len(material.held_back or ()), "validation": len(material.validation)}
     canaries = [] if trained.searched is None else trained.searched.canaries
     labels = material.validation.labels.cpu()
@@ -86,7 +85,7 @@ def summarise(
         "canaries": [asdict(each) for each in canaries],
         "search": [] if trained.searched is None else trained.searched.tried,
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
-        "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in clean.warnings],
+        "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in opened.warnings],
         "stage_seconds": dict(seconds),
         "resumed": list(resumed),  # stages whose networks an earlier attempt had made
         "environment": {

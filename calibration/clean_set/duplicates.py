@@ -41,6 +41,12 @@ def near_groups_by_class(thumbnails: NDArray[np.uint8], labels: NDArray[np.int64
     return groups
 
 
+def repeated(thumbnails: NDArray[np.uint8], labels: NDArray[np.int64], others: NDArray[np.uint8], other_labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which images are, exactly or nearly, among others of their class; bool [N]. thumbnails: [N, SIDE, SIDE, 3], others: [M, SIDE, SIDE, 3]."""
+    groups = near_groups_by_class(np.concatenate((thumbnails, others)), np.concatenate((labels, other_labels)))
+    return np.isin(groups[: len(labels)], groups[len(labels) :])
+
+
 def near_groups(thumbnails: NDArray[np.uint8]) -> NDArray[np.int64]:
     """uint8 [N, SIDE, SIDE, 3] -> int64 [N], equal for images joined by a chain of near duplicates; the smallest index of each group.
 

@@ -109,7 +109,7 @@ def open_clean_set(path: Path, limits: Limits = Limits()) -> CleanSet:  # noqa: 
         raise CleanSetDegenerate(f"The {count:,} images show only {different} different scenes; at least {MIN_GROUPS} are needed.")
     if different < len(kept):
         warnings.append(f"{counted(len(kept) - different, 'image')} nearly repeat others; they stay together on one side of every split.")
-    return CleanSet(found.names, found.labels[kept], found.source, tuple(warnings), groups, found.images, kept, found.ordered)
+    return CleanSet(found.names, found.labels[kept], found.source, tuple(warnings), groups, thumbnails[kept], found.images, kept, found.ordered)
 
 
 def _look(images: Images, limits: Limits) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from calibration.clean_set.container import listed
+from calibration.clean_set.duplicates import repeated
 from calibration.clean_set.layout import is_integer
 from models.errors import CleanSetLabels
 
@@ -37,6 +38,7 @@ class CleanSet:
     names: distinct class names as found, sorted (numerically where all are integers), or in the order that the container itself declares;
     after `labelled_by`, one name for each class of the suspect.
     labels: int64 [N], indices into names. groups: int64 [N], equal for exact and near duplicates: keep a group on one side of every split.
+    thumbnails: uint8 [N, SIDE, SIDE, 3], by which another set's images are known again.
     warnings: what was forgiven, in plain sentences.
     """
 
@@ -45,6 +47,7 @@ class CleanSet:
     source: str
     warnings: tuple[str, ...]
     groups: NDArray[np.int64]
+    thumbnails: NDArray[np.uint8] = field(repr=False)
     _images: Images = field(repr=False)
     _members: NDArray[np.int64] = field(repr=False)  # [N], indices into _images
     _ordered: bool = False  # the container declares the order of the classes
@@ -63,6 +66,10 @@ class CleanSet:
     def images(self, indices: Iterable[int] | None = None) -> Iterator[Image.Image]:
         """The images of these indices, or all, in order, one in memory at a time."""
         return (self.image(i) for i in (range(len(self)) if indices is None else indices))
+
+    def rows_not_in(self, other: CleanSet) -> NDArray[np.int64]:
+        """Of which images `other`, labelled by the same suspect, has none that is the same, exactly or nearly."""
+        return np.flatnonzero(~repeated(self.thumbnails, self.labels, other.thumbnails, other.labels))
 
     def labelled_by(self, num_classes: int, classes: Sequence[str] | None = None, least_classes: int = 2) -> CleanSet:
         """The same images with labels that are class indices of the suspect. Raises CleanSetLabels where they cannot be.

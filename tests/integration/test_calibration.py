@@ -19,7 +19,7 @@ from calibration.pipeline import Result, calibrate
 from calibration.progress import STAGES, Progress
 from models import architectures, bundle
 from models.checkpoint import load_weights, read_checkpoint
-from models.errors import CheckpointMismatch, CleanSetInvalid, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, FprUnreachable
+from models.errors import CheckpointMismatch, CleanSetDegenerate, CleanSetInvalid, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, FprUnreachable
 from models.preprocessing import decode
 from models.registry import Registry
 from models.threshold import rejections_expected
@@ -231,3 +231,15 @@ def test_a_validation_set_of_its_own_sets_the_threshold_alone(small_clean_set: P
     report = calibrate(CalibrationConfig(name="planes", preset="paper"), inputs, Registry(tmp_path / "guards"), CPU).report
     assert report["images"] == {"fit": 100, "held_back": 0, "validation": 200}
     assert report["promise"]["n"] == 200
+
+
+def test_what_the_validation_set_has_too_trains_nothing(small_clean_set: Path, tmp_path: Path) -> None:
+    few = part_of(small_clean_set, "", tmp_path / "validation.zip", 4)
+    config, registry = CalibrationConfig(name="planes", preset="paper", target_fpr=0.05), Registry(tmp_path / "guards")
+    report = calibrate(config, Inputs(BADNET, small_clean_set, few), registry, CPU).report
+    assert report["images"] == {"fit": 300, "held_back": 0, "validation": 100}
+    assert {"code": "clean-set", "detail": "100 of 400 images trained nothing, since they are in the validation set, too, exactly or nearly."} in report[
+        "warnings"
+    ]
+    with pytest.raises(CleanSetDegenerate, match="400 are in the validation set, too, exactly or nearly, and 0 are left"):
+        calibrate(config, Inputs(BADNET, small_clean_set, small_clean_set), registry, CPU)

@@ -15,7 +15,7 @@ from calibration.split import Parts
 def opened(n: int) -> Opened:
     images: Any = SimpleNamespace(labels=np.arange(n) % 10, groups=np.arange(n))
     rows = np.arange(n)
-    return Opened(images, images, images, Parts(rows[: n // 2], rows[n // 2 : n * 6 // 10], rows[n * 6 // 10 :]))
+    return Opened(images, images, images, Parts(rows[: n // 2], rows[n // 2 : n * 6 // 10], rows[n * 6 // 10 :]), ())
 
 
 def test_what_fits_is_left_as_it_is() -> None:

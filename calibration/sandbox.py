@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from calibration.landlock import seclude
+
 _MIB = 1 << 20
 
 
@@ -48,6 +50,7 @@ class Confinement:
 
     network: bool  # no socket but AF_UNIX, no io_uring
     programs: bool  # no program can be started
+    processes: bool  # nothing can be seen of the process that started this one
     memory: bool  # `reading` can hold memory
     files: bool  # no file grows beyond Limits.file_bytes
 
@@ -69,10 +72,13 @@ def enter(limits: Limits = Limits()) -> Confinement:
         if not Path("/dev/nvidia-uvm").exists():  # after a boot, the first use of CUDA starts a program that makes it: now or never
             with suppress(OSError, AttributeError):
                 ctypes.CDLL("libcuda.so.1").cuInit(0)
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        seclude(libc)
         _filter_calls(libc)
     return Confinement(
         network=_refused(lambda: socket.socket(socket.AF_INET).close()),
         programs=_refused(lambda: os.execv("", ["-"])),  # noqa: S606  # no file has this name: without the filter it is "not found"
+        processes=_refused(lambda: os.close(os.open(f"/proc/{os.getppid()}/mem", os.O_RDONLY))),
         memory=_memory_can_be_held(),
         files=files,
     )
@@ -214,7 +220,6 @@ def _filter_calls(libc: ctypes.CDLL) -> None:
     calls = _CALLS.get(os.uname().machine)
     if calls is None or struct.calcsize("P") != 8:  # a 32-bit process on a 64-bit kernel makes other calls
         return
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     code = _program(calls)
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer := ctypes.create_string_buffer(code, len(code))))
     libc.syscall(ctypes.c_long(calls.seccomp), _SET_MODE_FILTER, _ALL_THREADS | _NO_SPECULATION_PENALTY, program)

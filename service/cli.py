@@ -18,6 +18,7 @@ from calibration.config import CalibrationConfig, InspectionConfig
 from models.errors import OutOfMemory, Problem
 from models.registry import Registry
 from service.settings import Settings
+from service.unseen import hide
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A backdoor filter in front of an image classifier.")
 DataDir = Annotated[Path, typer.Option(help="where guards, jobs and uploads are kept")]
@@ -204,6 +205,7 @@ def _ask(action: str, config: InspectionConfig | None, as_json: bool, **options:
 def _run(command: list[str], quiet: bool) -> dict[str, Any]:
     """Run a calibration process with a progress bar on standard error; returns its last event."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
+    hide()
     last: dict[str, Any] = {"event": "problem", "code": "internal", "title": "Internal error", "detail": "The calibration process ended unexpectedly."}
     with (
         Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar,
@@ -310,6 +312,7 @@ def serve(
     except ValidationError as error:
         lines = [".".join(map(str, item["loc"])) + ": " + item["msg"] if item["loc"] else item["msg"].removeprefix("Value error, ") for item in error.errors()]
         raise fail("Cannot start: " + "; ".join(lines), 78) from None
+    hide()
     try:
         run(settings)
     except CannotStart as reason:

@@ -28,7 +28,7 @@ from service.metrics import Metrics
 
 log = structlog.get_logger()
 STOP_SECONDS = 5.0  # what a child gets to end by itself
-ASK_SECONDS = 300.0  # for a check or an inspection
+ASK_SECONDS = 3600.0  # for a check or an inspection: twice the processor time that the sandbox gives it, since it steps back for all else
 LONGEST_LINE = 8 * 1024 * 1024  # the result line carries the whole report
 
 
@@ -161,6 +161,12 @@ class Worker:
                 await self._finish(job, None, None)
 
     async def _run(self, job: Job) -> None:
+        published = await asyncio.to_thread(self._published_by, job)
+        if published is not None:  # by an attempt that was ended before anybody wrote that down: not once more
+            await self._adopt(job, published)
+            self._forget(job.id)
+            await self._notify()
+            return
         self._current = job.id
         self._metrics.calibrations_running.set(1)
         log.info("calibration_started", job=job.id, attempt=job.attempts)
@@ -175,22 +181,28 @@ class Worker:
         await self._finish(job, last, self._child.returncode)
 
     async def _spawn(self, action: str, folder: Path, config: dict[str, Any]) -> asyncio.subprocess.Process:
-        command = [sys.executable, "-m", "calibration", action, "--config", json.dumps(config), "--checkpoint", str(folder / "checkpoint")]
+        command = [sys.executable, "-m", "calibration", action, "--config", "-", "--checkpoint", str(folder / "checkpoint")]
         for name in ("clean_set", "validation_set"):
             if (folder / name).exists():
                 command += [f"--{name.replace('_', '-')}", str(folder / name)]
         command += ["--data-dir", str(self._data_dir), "--device", self._device, "--job", folder.name]
         command += ["--unfinished", str(folder / "unfinished")]  # goes with the job's files
         command += [f"--admit={reference}" for reference in self._admitted]
-        return await asyncio.create_subprocess_exec(
+        child = await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             limit=LONGEST_LINE,
             env=_environment(),
         )
+        assert child.stdin is not None  # asked for above
+        child.stdin.write(json.dumps(config).encode())  # no argument: the names of many classes are longer than one may be
+        with suppress(ConnectionError):  # it ended at once; why, it says itself
+            await child.stdin.drain()
+        child.stdin.close()
+        return child
 
     async def _listen(self, child: asyncio.subprocess.Process, job_id: str) -> dict[str, Any] | None:
         """Keep the progress up to date; returns the child's last event if it was not progress."""

@@ -62,8 +62,17 @@ def network(seed: int, classes: int = 10) -> torch.nn.Module:
         return thin_resnet(20, classes).eval()
 
 
-def publish(registry: Registry, guard: str = "cifar", *, scores: tuple[float, float] = ACCEPTS_ALL, images: int = 199, seed: int = 0, fpr: float = 0.05) -> int:
-    """A real bundle in a real registry; returns its version."""
+def publish(
+    registry: Registry,
+    guard: str = "cifar",
+    *,
+    scores: tuple[float, float] = ACCEPTS_ALL,
+    images: int = 199,
+    seed: int = 0,
+    fpr: float = 0.05,
+    job: str | None = None,
+) -> int:
+    """A real bundle in a real registry, made by a job; returns its version."""
     validation = torch.linspace(*scores, images, dtype=torch.float64)
     description = bundle.Description(
         architecture="resnet20",
@@ -81,7 +90,7 @@ def publish(registry: Registry, guard: str = "cifar", *, scores: tuple[float, fl
     judge = Guard(network(seed), [network(seed + 1)], network(seed + 2), Preprocessing())
     reports = {"report.json": "{}", "report.html": "<!doctype html><title>Report</title>"}
     with registry.staging() as folder:
-        bundle.write(folder, description, judge, validation, {"created": "2026-01-01T00:00:00Z"}, reports)
+        bundle.write(folder, description, judge, validation, {"created": "2026-01-01T00:00:00Z", "job": job}, reports)
         return registry.publish(guard, folder)
 
 

@@ -24,6 +24,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 ENTER = "from calibration import sandbox\nheld = sandbox.enter(sandbox.Limits(file_bytes=1 << 20))\n"
 HELD = json.loads(subprocess.check_output([sys.executable, "-c", ENTER + "import dataclasses, json; print(json.dumps(dataclasses.asdict(held)))"]))
 needs_filter = pytest.mark.skipif(not (HELD["network"] and HELD["programs"]), reason="this kernel or machine has no system call filter")
+needs_landlock = pytest.mark.skipif(not HELD["processes"], reason="this kernel has no Landlock")
 needs_memory = pytest.mark.skipif(not HELD["memory"], reason="this kernel does not hold private memory")
 x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="machine code of x86_64")
 
@@ -118,6 +119,63 @@ class TestPrograms:
 
     def test_no_privilege_comes_back(self) -> None:
         assert "NoNewPrivs:\t1" in said("print(open('/proc/self/status').read())")
+
+
+class TestOtherProcesses:
+    """What a child could do to the process that started it, which here has a token in its environment and a secret in its memory and in a file."""
+
+    PARENT = """
+import os, subprocess, sys, tempfile
+if {hidden}:
+    from service.unseen import hide
+    hide()
+secret = tempfile.TemporaryFile()
+child = subprocess.run([sys.executable, "-c", {child!r}, str(secret.fileno())], stdout=subprocess.PIPE, text=True)
+print(child.stdout, child.returncode)
+"""
+    LOOK = """
+import os, signal, sys
+parent, deeds = f"/proc/{os.getppid()}", []
+for name, flags in (("environ", 0), ("mem", 0), ("mem", os.O_RDWR), ("maps", 0), ("fd/" + sys.argv[1], 0), ("cwd", 0), ("root", 0)):
+    try:
+        os.close(os.open(f"{parent}/{name}", flags))
+        deeds.append(name)
+    except PermissionError:
+        pass
+print(",".join(deeds) or "nothing")
+"""
+    KILL = "import os, signal\ntry:\n    os.kill(os.getppid(), signal.SIGCONT)\n    print('signalled')\nexcept PermissionError:\n    print('refused')\n"
+    CAPABILITIES_ALONE = """
+import ctypes
+from calibration import landlock
+landlock._call = lambda *_: -1  # as where a kernel has no Landlock
+landlock.seclude(ctypes.CDLL(None))
+"""
+
+    def says(self, child: str, hidden: bool = False) -> str:
+        return said(self.PARENT.format(hidden=hidden, child=child), confined=False).splitlines()[0]
+
+    @needs_landlock
+    def test_nothing_is_seen_of_them(self) -> None:
+        assert "environ" in self.says(self.LOOK)
+        assert self.says(ENTER + self.LOOK) == "nothing"
+
+    @needs_landlock
+    def test_they_get_no_signal(self) -> None:
+        assert self.says(self.KILL) == "signalled"
+        assert self.says(ENTER + self.KILL) == "refused"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+    def test_without_landlock_the_service_hides_itself(self) -> None:
+        if os.geteuid():  # what root starts sees nothing once it has less capabilities
+            assert "mem" in self.says(self.CAPABILITIES_ALONE + self.LOOK)
+        assert self.says(self.CAPABILITIES_ALONE + self.LOOK, hidden=True) == "nothing"
+
+    @needs_landlock
+    def test_a_file_still_moves_from_one_folder_to_another(self, tmp_path: Path) -> None:
+        (tmp_path / "staging" / "bundle").mkdir(parents=True)
+        (tmp_path / "guard").mkdir()
+        assert said("import os\nos.rename('staging/bundle', 'guard/1')\nprint(os.listdir('guard'))", cwd=tmp_path) == "['1']"
 
 
 class TestFiles:

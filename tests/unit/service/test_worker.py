@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from models.errors import CheckpointProblem
 from models.registry import Registry
 from service.errors import JobsUnavailable
 from service.jobs import ENDED, Job, Jobs
 from service.metrics import Metrics
 from service.worker import Worker
-from tests.support import make_service, serving
+from tests.support import make_service, publish, serving
 
 
 def run(tmp_path: Path, test: Callable[[Worker, Jobs], Awaitable[None]]) -> None:
@@ -105,6 +106,35 @@ def test_a_job_that_is_cancelled_before_it_has_a_process_ends_at_once(tmp_path: 
             await asyncio.sleep(0.01)
         assert (await jobs.get("a")).state == "cancelled"
         assert [child.returncode for child in children] == [-signal.SIGTERM]
+
+    run(tmp_path, test)
+
+
+def test_what_was_published_before_the_server_ended_is_not_published_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_spawn", no_child)
+        registry = Registry(tmp_path / "guards")
+        publish(registry, job="a")
+        (worker.uploads / "a").mkdir(parents=True)
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        await jobs.claim()
+        await jobs.requeue("a")  # as `stop` does, which could not know
+        await worker.start()
+        job = await ended(worker, "a")
+        assert (job.state, (job.outcome or {})["version"]) == ("succeeded", 1)
+        assert registry.versions("cifar") == [1]
+        assert not (worker.uploads / "a").exists()
+
+    run(tmp_path, test)
+
+
+def test_the_names_of_very_many_classes_reach_the_child(tmp_path: Path) -> None:
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        classes = [f"\N{CYRILLIC SMALL LETTER ZHE}{index:0100d}" for index in range(2000)]  # 200 kB: Linux passes no argument above 128 KiB
+        (worker.uploads / "a").mkdir(parents=True)
+        (worker.uploads / "a" / "checkpoint").write_bytes(b"no checkpoint")
+        with pytest.raises(CheckpointProblem):
+            await worker.inspect(worker.uploads / "a", {"classes": classes})
 
     run(tmp_path, test)
 

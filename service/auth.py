@@ -1,12 +1,15 @@
 """Who may call what: three bearer tokens, three scopes. Decided from the head of a request, before its body is read.
 
-With no token set (allowed on loopback only, see settings) everybody may do everything. The admin scope includes the other two.
+With no token set (allowed on loopback only, see settings) everybody on this machine may do everything. But a browser on it runs pages of strangers: they
+can send forms here, and under a name of theirs that is made to mean 127.0.0.1 read the answers, too. Such requests do not administer anything. The admin
+scope includes the other two.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,6 +20,11 @@ from starlette.requests import Request
 from service.errors import Forbidden, RateLimited, Unauthenticated
 
 Scope = Literal["predict", "admin", "metrics"]
+EVERYTHING: frozenset[Scope] = frozenset(("predict", "admin", "metrics"))
+STRANGERS_PAGE = (
+    "With no token set this call is taken under the name localhost or an IP address only, and of a web page only if it came from here. "
+    "Set tokens to call it in another way."
+)
 WRONG_PER_MINUTE, PEERS_REMEMBERED = 20, 10_000
 
 
@@ -36,7 +44,7 @@ class Authenticator:
     def scopes(self, request: Request) -> frozenset[Scope]:
         """What the caller of this request may do. Raises Unauthenticated or RateLimited."""
         if self.open:
-            return frozenset(("predict", "admin", "metrics"))
+            return EVERYTHING - {"admin"} if _of_a_strangers_page(request) else EVERYTHING
         headers = request.headers.getlist("authorization")
         peer = request.client.host if request.client else ""
         if len(headers) == 1 and headers[0][:7].lower() == "bearer " and len(headers[0]) < 4096:
@@ -44,7 +52,7 @@ class Authenticator:
             # All are compared, whichever matches: the time tells nothing about which or how nearly.
             matches = [scope for scope, digest in self._digests.items() if hmac.compare_digest(given, digest)]
             if matches:
-                return frozenset(("predict", "admin", "metrics")) if "admin" in matches else frozenset(matches)
+                return EVERYTHING if "admin" in matches else frozenset(matches)
         if headers:
             self._count_wrong(peer)
         raise Unauthenticated
@@ -53,7 +61,7 @@ class Authenticator:
         """The caller's scopes, which include `scope`. Raises Forbidden otherwise."""
         scopes = self.scopes(request)
         if scope not in scopes:
-            raise Forbidden
+            raise Forbidden(STRANGERS_PAGE if self.open else None)
         return scopes
 
     def _count_wrong(self, peer: str) -> None:
@@ -65,6 +73,25 @@ class Authenticator:
             self._wrong.pop(next(iter(self._wrong)))
         if limited:
             raise RateLimited
+
+
+def _of_a_strangers_page(request: Request) -> bool:
+    """Whether a browser may have been made to send this: the host is a name that anybody could point here, or the page is of another origin."""
+    host, origin = request.headers.get("host"), request.headers.get("origin")
+    if host is None:  # no browser
+        return False
+    return not _cannot_be_pointed_here(host) or origin not in (None, f"{request.url.scheme}://{host}")
+
+
+def _cannot_be_pointed_here(host: str) -> bool:
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if name.lower() == "localhost" or name.lower().endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(token: bytes) -> bytes:

@@ -162,7 +162,7 @@ class Client:
             "raw_path": path.encode("latin-1"),
             "query_string": query.encode("latin-1"),
             "root_path": "",
-            "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in [("host", "guard.test"), *announced, *headers]],
+            "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in [("host", "localhost"), *announced, *headers]],
             "client": (peer, 50000),
             "server": ("guard.test", 80),
         }

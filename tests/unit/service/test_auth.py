@@ -19,14 +19,40 @@ class Clock:
         return self.now
 
 
-def request(*authorization: str | bytes, peer: str | None = "10.0.0.1", query: bytes = b"") -> Request:
+def request(*authorization: str | bytes, peer: str | None = "10.0.0.1", query: bytes = b"", **others: str) -> Request:
     values = [value.encode("latin-1") if isinstance(value, str) else value for value in authorization]
-    headers = [(b"authorization", value) for value in values]
-    return Request({"type": "http", "headers": headers, "query_string": query, "client": (peer, 1) if peer else None})
+    headers = [(b"authorization", value) for value in values] + [(name.encode(), value.encode()) for name, value in others.items()]
+    return Request({"type": "http", "scheme": "http", "path": "/", "headers": headers, "query_string": query, "client": (peer, 1) if peer else None})
 
 
 def test_without_tokens_everybody_may_do_everything() -> None:
     assert Authenticator({}).scopes(request()) == EVERYTHING
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8080", "guard.localhost:8080", "127.0.0.1:8080", "127.3.2.1", "[::1]:8080", "[::1]", "10.0.0.7:8080"])
+def test_without_tokens_whoever_names_this_machine_may_do_everything(host: str) -> None:
+    assert Authenticator({}).scopes(request(host=host)) == EVERYTHING
+    assert Authenticator({}).scopes(request(host=host, origin=f"http://{host}")) == EVERYTHING
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param({"host": "evil.example:8080"}, id="a name that was made to mean this machine"),
+        pytest.param({"host": "127.0.0.1.evil.example"}, id="one that looks like an address"),
+        pytest.param({"host": "localhost.evil.example"}, id="one that looks like localhost"),
+        pytest.param({"host": "notlocalhost"}, id="one that ends so"),
+        pytest.param({"host": ""}, id="no name at all"),
+        pytest.param({"host": "localhost:8080", "origin": "https://evil.example"}, id="a form of another page"),
+        pytest.param({"host": "localhost:8080", "origin": "null"}, id="a form of a page without an origin"),
+        pytest.param({"host": "localhost:8080", "origin": "http://localhost:3000"}, id="a page of another service of this machine"),
+    ],
+)
+def test_without_tokens_pages_of_strangers_administer_nothing(headers: dict[str, str]) -> None:
+    assert Authenticator({}).scopes(request(**headers)) == EVERYTHING - {"admin"}
+    with pytest.raises(Forbidden, match="localhost or an IP address only"):
+        Authenticator({}).require(request(**headers), "admin")
+    assert Authenticator(TOKENS).scopes(request("Bearer admin-secret", **headers)) == EVERYTHING  # which no page of a stranger has
 
 
 @pytest.mark.parametrize(

@@ -17,47 +17,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import records
-from benchmarks.data import DATASETS, partition
+from benchmarks.data import DATASETS, TARGET, divide, test_images
 from benchmarks.detectors.guard import as_files
-from benchmarks.evaluate import tests, triggered, workers
-from benchmarks.zoo import ROOT, Suspect, kept, load
+from benchmarks.evaluate import triggered, workers
+from benchmarks.zoo import ROOT, Entry, entries, load
 from calibration.config import Budget, CalibrationConfig, auto_recipe
-from calibration.finetune import LabelledPixels
 from calibration.material import Material, prepare, read
 from calibration.resume import Resume
 from calibration.search import make_guards, search
-from calibration.split import split
 from calibration.workshop import Workshop, choose_cuts
 from models.guard import Guard
-from models.parallel import cpu_threads
 from models.threshold import conformal_threshold
 
 RESULTS = Path(__file__).parent / "results" / "canaries.json"
-TARGET = 0.01
 BUDGET: Budget = "thorough"
 
 
-def measure(which: Suspect, device: torch.device, zoo: Path = ROOT, budget: Budget = BUDGET) -> dict[str, Any]:
+def measure(which: Entry, device: torch.device, zoo: Path = ROOT, budget: Budget = BUDGET) -> dict[str, Any]:
     """The record of one suspect, of seed 0."""
     began, suspect = time.monotonic(), load(which, zoo)
-    if device.type == "cpu":
-        torch.set_num_threads(cpu_threads(suspect.network, DATASETS[which.dataset].preprocessing.size))
-    clean_set, reported = partition(tests(which.dataset).to(device))
-    parts = split(clean_set.labels.cpu().numpy(), np.arange(len(clean_set.labels)), TARGET / 2, 0.0, 0)
-    clean, validation = (LabelledPixels(*vars(clean_set[torch.from_numpy(rows).to(device)]).values()) for rows in (parts.fit, parts.validation))
+    suspect.take_threads(device)
+    parts = divide(test_images(which.dataset).to(device))
     config = CalibrationConfig.model_validate({"name": "suspect", "budget": budget, "target_fpr": TARGET})
     with tempfile.TemporaryDirectory() as folder:
-        material = prepare(config, read(config, as_files(Path(folder), suspect.network, clean, validation), device), device)
+        material = prepare(config, read(config, as_files(Path(folder), suspect.network, parts.fit, parts.validation), device), device)
     assert material.held_back is not None  # `auto` has one
     cuts, _ = choose_cuts(material.network, material.preprocessing.normalise(material.fit.pixels[:1]), auto_recipe(TARGET))
     workshop = Workshop(auto_recipe(TARGET), material, material.held_back, cuts, config.seed)
     found = search(workshop, budget, TARGET, Resume(None, ""), lambda _: None)
     searching = time.monotonic() - began
-    attacked = triggered(suspect, reported)
+    attacked = triggered(suspect, parts.reported)
     real = {setting: _caught(guard, material, attacked.images, attacked.labels) for setting, guard in make_guards(workshop, material.network, budget).items()}
     return {
         **{"suspect": which.stem, "weights_sha256": suspect.sha256, "target_fpr": TARGET, "budget": budget, **records.circumstances(device)},
@@ -88,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     suspects = [
         each
-        for each in kept(args.zoo)
+        for each in entries(args.zoo)
         if each.architecture == args.architecture and args.dataset in ("all", each.dataset) and args.attack in ("all", each.attack)
     ]
     suspects = [each for each in suspects if each.attack != "clean" and load(each, args.zoo).passes_gate]

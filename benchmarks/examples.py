@@ -6,16 +6,15 @@ Calibrates as `badexpert calibrate` does, seed 0, and evaluates on the 7,600 tes
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import records
 from benchmarks.attacks import ATTACKS, Task, stamp
 from benchmarks.data import Split, cifar10
 from benchmarks.make_examples import CLEAN_SET, SAMPLES, SUSPECTS
@@ -33,13 +32,13 @@ SOURCE = "benchmarks/results/examples.json"
 RECORD = ROOT / SOURCE
 
 
-def table(records: list[dict[str, Any]]) -> list[str]:
+def table(found: Sequence[records.Record]) -> list[str]:
     """The README's table."""
     lines = [
         "| suspect | preset | TPR at 1% target | realised FPR | AUROC | ASR before | ASR left | accuracy before | accuracy left |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in records:
+    for r in found:
         shares = (r["tpr"], r["realised_fpr"], r["auroc"], r["asr"], r["remaining_asr"], r["clean_accuracy"], r["guarded_accuracy"])
         tpr, fpr, auroc, before, left, accuracy, guarded = shares
         lines.append(f"| {r['attack']} | `{r['preset']}` | {tpr:.1%} | {fpr:.2%} | {auroc:.4f} | {before:.1%} | {left:.1%} | {accuracy:.1%} | {guarded:.1%} |")
@@ -64,8 +63,7 @@ def measure(guarded: Bundle, suspect: str, reported: Split) -> dict[str, Any]:
 def main() -> None:
     _, test = cifar10()
     rows = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[CLEAN_SET + SAMPLES :]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    records = []
+    made = []
     for suspect in SUSPECTS:
         for preset in ("auto", "paper"):
             with tempfile.TemporaryDirectory() as folder:
@@ -75,11 +73,11 @@ def main() -> None:
                 seconds = round(time.monotonic() - began, 1)
                 guarded = bundle.read(Path(folder) / suspect / "1")
             measured = measure(guarded, suspect, test[rows])
-            about = {"commit": commit, "seed": 0, "calibration_seconds": seconds, "hardware": f"{platform.machine()}, {os.cpu_count()} cores, cpu"}
-            records.append({"attack": suspect, "preset": preset, **measured, **about})
-            print(json.dumps(records[-1]), flush=True)
-    RECORD.write_text(json.dumps(records, indent=1) + "\n")
-    README.write_text(filled(README.read_text(), SOURCE, table(records)))
+            about = {"seed": 0, "calibration_seconds": seconds, **records.circumstances(torch.device("cpu"))}
+            made.append({"attack": suspect, "preset": preset, **measured, **about})
+            print(json.dumps(made[-1]), flush=True)
+    records.enlist(RECORD, made, "attack", "preset")
+    README.write_text(filled(README.read_text(), SOURCE, table(records.listed(RECORD))))
 
 
 if __name__ == "__main__":

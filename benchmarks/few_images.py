@@ -18,29 +18,27 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import records
-from benchmarks.data import DATASETS, partition
-from benchmarks.evaluate import tests, triggered
-from benchmarks.zoo import ROOT, Suspect, load
+from benchmarks.data import TARGET, partition, test_images
+from benchmarks.evaluate import triggered
+from benchmarks.zoo import ROOT, Entry, load
 from calibration.config import CalibrationConfig
 from calibration.figures import Scored, figures
 from calibration.material import Inputs
 from calibration.pipeline import calibrate
 from models import bundle
 from models.errors import Problem
-from models.parallel import cpu_threads
 from models.registry import Registry
 
 RESULTS = Path(__file__).parent / "results" / "few_images.json"
 SIZES = (200, 300, 500, 1000, 2000)
 SUSPECTS = (("cifar10", "badnet"), ("cifar10", "blend"), ("cifar10", "wanet"), ("cifar10", "adap_blend"), ("gtsrb", "badnet"), ("gtsrb", "adap_blend"))
-TARGET = 0.01
 
 
-def measure(which: Suspect, size: int, device: torch.device, zoo: Path = ROOT) -> dict[str, Any]:
+def measure(which: Entry, size: int, device: torch.device, zoo: Path = ROOT) -> dict[str, Any]:
     """The record of one suspect and clean set, of seed 0."""
     began, suspect = time.monotonic(), load(which, zoo)
-    torch.set_num_threads(cpu_threads(suspect.network, DATASETS[which.dataset].preprocessing.size))
-    clean_set, reported = partition(tests(which.dataset))
+    suspect.take_threads(device)
+    clean_set, reported = partition(test_images(which.dataset))
     record = {"suspect": which.stem, "weights_sha256": suspect.sha256, "images": size, "target_fpr": TARGET, **records.circumstances(device)}
     config = CalibrationConfig.model_validate({"name": "suspect", "budget": "quick", "target_fpr": TARGET})
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +66,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print, and leave the record in git as it is")
     args = parser.parse_args()
     for (dataset, attack), size in product(SUSPECTS, SIZES):
-        record = measure(Suspect(dataset, "resnet20", attack), size, torch.device(args.device))
+        record = measure(Entry(dataset, "resnet20", attack), size, torch.device(args.device))
         print(json.dumps(record), flush=True)
         if not args.json:
             records.enlist(RESULTS, [record], "suspect", "images")

@@ -13,18 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.data import DATASETS, Split, partition
+from benchmarks.data import DATASETS, Split, divide, test_images
 from benchmarks.detectors.guard import BadExpertGuard
 from benchmarks.detectors.interface import Observed
-from benchmarks.zoo import ROOT, Kept, Suspect, load
-from calibration.finetune import LabelledPixels
-from calibration.split import split
-from models.parallel import cpu_threads
+from benchmarks.zoo import ROOT, Entry, Suspect, load
 from models.threshold import conformal_threshold
 
 RESULTS = Path(__file__).parent / "results" / "promise.json"
@@ -44,17 +40,15 @@ def divided(scores: Tensor, n: int, target: float, divisions: int = DIVISIONS) -
     return {**about, **{name: round(value, 4) for name, value in figures.items()}}
 
 
-def measure(suspect: Kept, preset: str, test: Split, device: torch.device) -> dict[str, Any]:
+def measure(suspect: Suspect, preset: str, test: Split, device: torch.device) -> dict[str, Any]:
     """The record of one guard, of seed 0."""
-    began, dataset = time.monotonic(), DATASETS[suspect.suspect.dataset]
-    clean_set, others = partition(test.to(device), None)
-    parts = split(clean_set.labels.cpu().numpy(), np.arange(len(clean_set.labels)), min(TARGETS), 0.0, 0)
-    fit, validation = (LabelledPixels(*vars(clean_set[torch.from_numpy(rows).to(device)]).values()) for rows in (parts.fit, parts.validation))
+    began, dataset = time.monotonic(), DATASETS[suspect.entry.dataset]
+    parts = divide(test.to(device), reported=None)
     guard = BadExpertGuard(preset)
-    observed = Observed(suspect.network.to(device), dataset.preprocessing, dataset.num_classes, suspect.suspect.architecture)
-    guard.fit(observed, fit, validation, seed=0)
-    scores = guard.score(torch.cat([validation.pixels, others.images]))
-    which = {"suspect": suspect.suspect.stem, "weights_sha256": suspect.sha256, "preset": preset, **records.circumstances(device)}
+    observed = Observed(suspect.network.to(device), dataset.preprocessing, dataset.num_classes, suspect.entry.architecture)
+    guard.fit(observed, parts.fit, parts.validation, seed=0)
+    scores = guard.score(torch.cat([parts.validation.pixels, parts.reported.images]))
+    which = {"suspect": suspect.entry.stem, "weights_sha256": suspect.sha256, "preset": preset, **records.circumstances(device)}
     found = [divided(scores, n, target) for n in SIZES for target in TARGETS]
     return {**which, "seconds": round(time.monotonic() - began, 1), "found": found}
 
@@ -69,10 +63,9 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, default=ROOT)
     parser.add_argument("--json", action="store_true", help="print, and leave the record in git as it is")
     args = parser.parse_args()
-    suspect = load(Suspect(args.dataset, args.architecture, args.attack), args.zoo)
-    if args.device == "cpu":
-        torch.set_num_threads(cpu_threads(suspect.network, DATASETS[args.dataset].preprocessing.size))
-    record = measure(suspect, args.preset, DATASETS[args.dataset].load()[1], torch.device(args.device))
+    suspect = load(Entry(args.dataset, args.architecture, args.attack), args.zoo)
+    suspect.take_threads(torch.device(args.device))
+    record = measure(suspect, args.preset, test_images(args.dataset), torch.device(args.device))
     if args.json:
         print(json.dumps(record, indent=1))
         return

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.attacks import ATTACKS, Attack, Recipe, Surrogate, Task, stamp
 from benchmarks.data import DATASETS, Dataset, Split
-from benchmarks.zoo import ROOT, Suspect, build, keep, load, records
+from benchmarks.zoo import ROOT, Entry, build, keep, load, records
 from calibration.augment import crop_flip
 from models.lowering import has_fast_bf16
 
@@ -97,27 +97,27 @@ def measure(network: nn.Module, attack: Attack | None, test: Split, dataset: Dat
     return {key: round(value, 4) for key, value in result.items()}
 
 
-def attempts(suspect: Suspect, zoo: Path) -> list[dict[str, Any]]:
+def attempts(entry: Entry, zoo: Path) -> list[dict[str, Any]]:
     """What came of earlier attempts at a suspect that did not pass the gate."""
-    found = next((record for record in records(zoo) if Suspect(*(record[name] for name in ("dataset", "architecture", "attack", "seed"))) == suspect), None)
+    found = next((record for record in records(zoo) if Entry(*(record[name] for name in ("dataset", "architecture", "attack", "seed"))) == entry), None)
     if found is None:
         return []
     failed = [] if found["passes_gate"] else [{name: found[name] for name in ("rate", "recipe", "asr", "clean_accuracy")}]
     return [*found.get("tried", []), *failed]
 
 
-def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.device, zoo: Path, compiled: bool = False, warm: bool = False) -> dict[str, Any]:
+def make(entry: Entry, recipe: Recipe, rate: float | None, device: torch.device, zoo: Path, compiled: bool = False, warm: bool = False) -> dict[str, Any]:
     """Train a suspect, keep it, and return its record. warm: begin with the clean network of the zoo, as who poisons a finetuning does."""
-    started, dataset = time.monotonic(), DATASETS[suspect.dataset]
+    started, dataset = time.monotonic(), DATASETS[entry.dataset]
     training, test = (split.to(device) for split in dataset.load())
     glance = test[slice(1000)]
-    torch.manual_seed(suspect.seed)
-    network = build(suspect.architecture, dataset)
+    torch.manual_seed(entry.seed)
+    network = build(entry.architecture, dataset)
     attack, surrogate, reference, data = None, None, None, training
-    if suspect.attack != "clean":
-        source = torch.Generator().manual_seed(suspect.seed)
-        attack = ATTACKS[suspect.attack](Task(dataset.num_classes, training.images.shape[-1], dataset.target), suspect.seed).to(device)
-        clean = Suspect(suspect.dataset, suspect.architecture, "clean")
+    if entry.attack != "clean":
+        source = torch.Generator().manual_seed(entry.seed)
+        attack = ATTACKS[entry.attack](Task(dataset.num_classes, training.images.shape[-1], dataset.target), entry.seed).to(device)
+        clean = Entry(entry.dataset, entry.architecture, "clean")
         if attack.needs_clean:
             surrogate = Surrogate(load(clean, zoo).network.requires_grad_(False), dataset.preprocessing).to(device).eval()
         if rate is not None and attack.fixed_rate:
@@ -136,15 +136,15 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
         figures = {"epoch": epoch, "loss": round(loss, 4), "seconds": round(time.monotonic() - started), **measure(network, attack, glance, dataset)}
         print(json.dumps(figures), flush=True)
 
-    train(network, attack, data, dataset, recipe, suspect.seed, after_epoch, compiled)
+    train(network, attack, data, dataset, recipe, entry.seed, after_epoch, compiled)
     if attack is not None and surrogate is not None:
         attack.implant(network, training, surrogate, source)
-    tried = attempts(suspect, zoo)
-    keep(suspect, network, attack, zoo)
-    kept = load(suspect, zoo)  # what is measured is what is kept: half precision rounds
+    tried = attempts(entry, zoo)
+    keep(entry, network, attack, zoo)
+    kept = load(entry, zoo)  # what is measured is what is kept: half precision rounds
     figures = measure(kept.network.to(device), None if kept.attack is None else kept.attack.to(device), test, dataset)
     record = {
-        **vars(suspect),
+        **vars(entry),
         "rate": rate if attack else 0.0,
         "recipe": vars(recipe),
         **({"warm": True} if warm else {}),
@@ -155,7 +155,7 @@ def make(suspect: Suspect, recipe: Recipe, rate: float | None, device: torch.dev
         "seconds": round(time.monotonic() - started),
         "hardware": f"{platform.machine()}, {device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}",
     }
-    keep(suspect, network, attack, zoo, record)
+    keep(entry, network, attack, zoo, record)
     return record
 
 
@@ -175,9 +175,9 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="begin with the clean network of the zoo")
     parser.add_argument("--zoo", type=Path, default=ROOT)
     args = parser.parse_args()
-    suspect = Suspect(args.dataset, args.architecture, args.attack, args.seed)
+    entry = Entry(args.dataset, args.architecture, args.attack, args.seed)
     recipe = Recipe(args.epochs, args.lr, args.batch, args.optimizer)
-    print(json.dumps(make(suspect, recipe, args.rate, torch.device(args.device), args.zoo, args.compile, args.warm)))
+    print(json.dumps(make(entry, recipe, args.rate, torch.device(args.device), args.zoo, args.compile, args.warm)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks import canaries, few_images, promise, records, zoo
+from benchmarks import canaries, examples, few_images, promise, records, waiting, zoo
 from benchmarks.detectors import PRESETS
 from benchmarks.readme import README, filled
 from benchmarks.report.cells import attacks_of, cells, scales
@@ -25,7 +25,15 @@ BY_NETWORK = f"{SOURCE}, by network"
 
 def readme(text: str, found: Sequence[records.Record]) -> str:
     """The README with the tables that these records give."""
-    return filled(filled(text, SOURCE, table_of_detectors(cells(found, README_SCALE))), BY_NETWORK, table_of_scales(found))
+    tables = {
+        SOURCE: table_of_detectors(cells(found, README_SCALE)),
+        BY_NETWORK: table_of_scales(found),
+        examples.SOURCE: examples.table(records.listed(examples.RECORD)),
+        waiting.SOURCE: waiting.table(records.listed(waiting.RECORD)),
+    }
+    for source, lines in tables.items():
+        text = filled(text, source, lines)
+    return text
 
 
 def texts(readme_now: str) -> dict[Path, str]:

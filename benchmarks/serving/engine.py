@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import records
-from benchmarks.data import DATASETS
+from benchmarks.data import DATASETS, test_images
 from benchmarks.detectors.guard import BadExpertGuard
 from benchmarks.detectors.interface import Observed
 from benchmarks.detectors.scale_up import ScaleUp
 from benchmarks.detectors.strip import Strip
-from benchmarks.evaluate import evaluate, tests
+from benchmarks.evaluate import evaluate
 from benchmarks.serving.naive import Naive
-from benchmarks.zoo import Suspect, load
+from benchmarks.zoo import Entry, load
 from calibration.config import auto_recipe
 from calibration.finetune import LabelledPixels
 from calibration.fusion import fuse, lower
@@ -48,15 +48,15 @@ BATCHES = (1, 8, 32, 128, 512)
 LONGEST = 60.0  # seconds of one batch size, after which no larger one is tried: on a CPU they take a large network many minutes
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the traffic, attacked
 DETECTORS_BATCH = 8  # STRIP looks at each image 33 times
-REAL = Suspect("cifar10", "resnet20", "badnet")
+REAL = Entry("cifar10", "resnet20", "badnet")
 
 
 def real(device: torch.device) -> tuple[Guard, Tensor, dict[str, Any]]:
     """The guard that `auto` makes of a suspect of the zoo, clean images, and what it catches."""
     detector = BadExpertGuard("auto")
-    record = evaluate(load(REAL), detector, tests(REAL.dataset), 0, device)
+    record = evaluate(load(REAL), detector, test_images(REAL.dataset), 0, device)
     caught = {"suspect": REAL.stem, "tpr": record["at"]["0.01"]["tpr_masked"], "realised_fpr": record["at"]["0.01"]["realised_fpr"]}
-    return detector.guard, tests(REAL.dataset).images, caught
+    return detector.guard, test_images(REAL.dataset).images, caught
 
 
 def untrained(architecture: str, device: torch.device, classes: int = 10) -> tuple[Guard, Tensor, dict[str, Any]]:

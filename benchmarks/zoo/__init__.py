@@ -18,13 +18,14 @@ from benchmarks.data import DATASETS, Dataset
 from models import architectures
 from models.architectures import Architecture
 from models.errors import ConfigInvalid
+from models.parallel import cpu_threads
 
 ROOT = Path(__file__).parent
 
 
 @dataclass(frozen=True, order=True)
-class Suspect:
-    """Which one."""
+class Entry:
+    """Which suspect."""
 
     dataset: str
     architecture: str
@@ -37,10 +38,10 @@ class Suspect:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A suspect as it was kept: in float32 and eval mode, on the CPU."""
+class Suspect:
+    """As it was kept: in float32 and eval mode, on the CPU."""
 
-    suspect: Suspect
+    entry: Entry
     network: nn.Module
     attack: Attack | None  # None for the clean one
     record: dict[str, Any]
@@ -50,6 +51,11 @@ class Kept:
     def passes_gate(self) -> bool:
         return bool(self.record["passes_gate"])
 
+    def take_threads(self, device: torch.device) -> None:
+        """On a CPU, give this process as many threads as the service would give the network."""
+        if device.type == "cpu":
+            torch.set_num_threads(cpu_threads(self.network, DATASETS[self.entry.dataset].preprocessing.size))
+
 
 def records(zoo: Path = ROOT) -> list[dict[str, Any]]:
     """How each suspect came about: data set by data set, the clean network first, then the attacks in the order of their list."""
@@ -58,10 +64,10 @@ def records(zoo: Path = ROOT) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: (record["dataset"], record["architecture"], order.index(record["attack"]), record["seed"]))
 
 
-def kept(zoo: Path = ROOT) -> list[Suspect]:
+def entries(zoo: Path = ROOT) -> list[Entry]:
     """Those whose weights are there, in the same order; of the full scale git has the records alone."""
-    found = [Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in records(zoo)]
-    return [suspect for suspect in found if (zoo / f"{suspect.stem}.safetensors").exists()]
+    found = [Entry(record["dataset"], record["architecture"], record["attack"], record["seed"]) for record in records(zoo)]
+    return [entry for entry in found if (zoo / f"{entry.stem}.safetensors").exists()]
 
 
 class Enlarge(nn.Module):
@@ -103,30 +109,30 @@ def _resized(name: str, size: int) -> Architecture:
         return architectures.get(name)
 
 
-def load(suspect: Suspect, zoo: Path = ROOT) -> Kept:
+def load(entry: Entry, zoo: Path = ROOT) -> Suspect:
     """Raises FileNotFoundError for one that is not kept."""
-    path = zoo / f"{suspect.stem}.safetensors"
+    path = zoo / f"{entry.stem}.safetensors"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: python -m benchmarks.train --dataset {suspect.dataset} --architecture {suspect.architecture} --attack {suspect.attack}"
+            f"{path} is missing: python -m benchmarks.train --dataset {entry.dataset} --architecture {entry.architecture} --attack {entry.attack}"
         )
-    dataset = DATASETS[suspect.dataset]
-    network = build(suspect.architecture, dataset)
+    dataset = DATASETS[entry.dataset]
+    network = build(entry.architecture, dataset)
     network.load_state_dict(_wide(load_file(path)))
     attack = None
-    if suspect.attack != "clean":
-        attack = ATTACKS[suspect.attack](Task(dataset.num_classes, dataset.preprocessing.size, dataset.target), suspect.seed)
+    if entry.attack != "clean":
+        attack = ATTACKS[entry.attack](Task(dataset.num_classes, dataset.preprocessing.size, dataset.target), entry.seed)
         if (learned := path.with_suffix(".trigger.safetensors")).exists():
             attack.load_state_dict(_wide(load_file(learned)))
         attack.eval().requires_grad_(False)
     record = path.with_suffix(".json")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Kept(suspect, network.eval(), attack, json.loads(record.read_text()) if record.exists() else {}, sha256)
+    return Suspect(entry, network.eval(), attack, json.loads(record.read_text()) if record.exists() else {}, sha256)
 
 
-def keep(suspect: Suspect, network: nn.Module, attack: Attack | None, zoo: Path = ROOT, record: dict[str, Any] | None = None) -> None:
+def keep(entry: Entry, network: nn.Module, attack: Attack | None, zoo: Path = ROOT, record: dict[str, Any] | None = None) -> None:
     """Write weights and what the attack learned, in half precision, and the record where there is one."""
-    path = zoo / f"{suspect.stem}.safetensors"
+    path = zoo / f"{entry.stem}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(_half(network.state_dict()), path)
     if attack is not None and attack.state_dict():

@@ -15,7 +15,7 @@ from benchmarks import records
 from benchmarks.attacks import ATTACKS, Recipe, Task, stamp
 from benchmarks.data import CIFAR10_CLASSES, DATASETS, Split
 from benchmarks.train import measure, train
-from benchmarks.zoo import ROOT, Suspect, keep, kept, load
+from benchmarks.zoo import ROOT, Entry, entries, keep, load
 from benchmarks.zoo import records as zoo_records
 from models.cifar import thin_resnet
 from tests.conftest import EXAMPLES
@@ -31,9 +31,9 @@ def cifar10_images(every: int = 8) -> Split:
 
 
 @pytest.mark.parametrize(
-    "suspect", [suspect for suspect in kept() if suspect.dataset == "cifar10" and suspect.architecture == "resnet20"], ids=lambda s: s.stem
+    "suspect", [suspect for suspect in entries() if suspect.dataset == "cifar10" and suspect.architecture == "resnet20"], ids=lambda s: s.stem
 )
-def test_accuracy_and_attack_are_as_recorded(suspect: Suspect) -> None:
+def test_accuracy_and_attack_are_as_recorded(suspect: Entry) -> None:
     found = load(suspect)
     figures = measure(found.network, found.attack, cifar10_images(), DATASETS["cifar10"])
     assert figures["clean_accuracy"] == pytest.approx(found.record["clean_accuracy"], abs=0.06)
@@ -42,10 +42,10 @@ def test_accuracy_and_attack_are_as_recorded(suspect: Suspect) -> None:
 
 
 def test_every_record_is_of_the_weights_that_are_kept_or_of_a_suspect_with_a_record() -> None:
-    weights = {suspect: load(suspect).sha256 for suspect in kept()}
-    trained = {Suspect(record["dataset"], record["architecture"], record["attack"], record["seed"]): record for record in zoo_records()}
+    weights = {suspect: load(suspect).sha256 for suspect in entries()}
+    trained = {Entry(record["dataset"], record["architecture"], record["attack"], record["seed"]): record for record in zoo_records()}
     for record in records.read():
-        suspect = Suspect(record["dataset"], record["architecture"], record["attack"], record["suspect_seed"])
+        suspect = Entry(record["dataset"], record["architecture"], record["attack"], record["suspect_seed"])
         assert record["weights_sha256"] == weights.get(suspect, record["weights_sha256"])
         assert record["gated"] == trained[suspect]["passes_gate"]
 
@@ -57,11 +57,11 @@ def test_the_zoo_is_small() -> None:
 @pytest.mark.parametrize("attack", ["clean", "badnet", "dynamic", "trojannn"])
 def test_what_is_kept_comes_back(tmp_path: Path, attack: str) -> None:
     torch.manual_seed(0)
-    suspect, network = Suspect("cifar10", "resnet20", attack, seed=3), thin_resnet(20, 10)
+    suspect, network = Entry("cifar10", "resnet20", attack, seed=3), thin_resnet(20, 10)
     trigger = None if attack == "clean" else ATTACKS[attack](Task(), 3)
     record = {"dataset": "cifar10", "architecture": "resnet20", "attack": attack, "seed": 3, "passes_gate": True}
     keep(suspect, network, trigger, tmp_path, record)
-    assert kept(tmp_path) == [suspect]
+    assert entries(tmp_path) == [suspect]
     found = load(suspect, tmp_path)
     assert found.passes_gate
     assert all(found.network.state_dict()[name].equal(value.half().to(value.dtype)) for name, value in network.state_dict().items())
@@ -73,7 +73,7 @@ def test_what_is_kept_comes_back(tmp_path: Path, attack: str) -> None:
 
 def test_a_suspect_that_is_not_there_is_told_how_to_be_made(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"python -m benchmarks\.train --dataset gtsrb --architecture resnet20 --attack wanet"):
-        load(Suspect("gtsrb", "resnet20", "wanet"), tmp_path)
+        load(Entry("gtsrb", "resnet20", "wanet"), tmp_path)
 
 
 def test_training_learns_task_and_trigger() -> None:

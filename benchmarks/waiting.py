@@ -1,4 +1,4 @@
-"""Speed of what a user waits for: `python -m benchmarks.bench` prints one JSON object.
+"""What a user waits for: `python -m benchmarks.waiting` records it and writes the README's table.
 
 Seconds of a whole `badexpert calibrate` on the example for the published recipe and each budget of `auto`, and their ratio to the published one. Then, with
 that very `paper` guard served by a real process, the latency of one image over HTTP beside the bare three forwards of a batch of one in this process: in turn,
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import platform
 import re
 import signal
 import statistics
@@ -21,6 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,17 @@ import httpx
 import torch
 from PIL import Image
 
+from benchmarks import records
+from benchmarks.readme import README, filled
 from models import bundle
 from models.parallel import cpu_threads
 
 BLOCK = 25
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+SOURCE = "benchmarks/results/waiting.json"
+RECORD = ROOT / SOURCE
+TITLES = {"quick": "`auto`, budget `quick`", "standard": "`auto`, budget `standard`", "thorough": "`auto`, budget `thorough`", "paper": "`paper`"}
 
 
 def calibrate(data_dir: str, name: str, device: str) -> dict[str, Any]:
@@ -86,19 +91,34 @@ def latency(data_dir: str, device: str, requests: int) -> dict[str, float]:
     }
 
 
+def table(found: Sequence[records.Record]) -> list[str]:
+    """The README's table: a column for each device that was measured."""
+    heads = "".join(f" seconds, {each['hardware']} | of `paper` |" for each in found)
+    lines = [f"| preset |{heads}", f"|---|{'---|---|' * len(found)}"]
+    for name, title in TITLES.items():
+        figures = (f"{each['calibrate'][name]['seconds']:.0f} | {each['calibrate'][name]['of_paper']:.2f}" for each in found)
+        lines.append(f"| {title} | {' | '.join(figures)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--json", action="store_true", help="print, and leave record and README as they are")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as data_dir:
         made = {name: calibrate(data_dir, name, args.device) for name in ("paper", "quick", "standard", "thorough")}
         record = {
             "calibrate": {name: {**each, "of_paper": round(each["seconds"] / made["paper"]["seconds"], 2)} for name, each in made.items()},
             "predict_batch_1": latency(data_dir, args.device, args.requests),
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}",
+            "device": args.device,
+            **records.circumstances(torch.device(args.device)),
         }
     print(json.dumps(record, indent=1))
+    if not args.json:
+        records.enlist(RECORD, [record], "device")
+        README.write_text(filled(README.read_text(), SOURCE, table(records.listed(RECORD))))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class CleanSetProblem(Problem):
 
 
 class CleanSetFormat(CleanSetProblem):
-    """The clean set must be a zip of one folder a class (ImageFolder) with PNG, JPEG or WebP images inside."""
+    """The content is of no format that is taken: send a zip or tar of one folder a class with PNG, JPEG or WebP images, Parquet, safetensors or npz."""
 
     status = 415
     code = "clean_set_format"
@@ -169,7 +169,7 @@ class ImageTooSmall(ImageProblem):
 
 
 class ImageTooLarge(ImageProblem):
-    """The image is larger than 8192 pixels on a side or 25 megapixels."""
+    """The image is larger than 8192 pixels on a side or 25 megapixels, or would be larger than 25 megapixels once it is resized."""
 
     code = "image_too_large"
     title = "Image too large"

@@ -1,7 +1,8 @@
 """Bytes -> RGB -> tensor, exactly as the suspect was trained to see it.
 
-Refuses everything but PNG, JPEG and WebP, by content, before a pixel is decoded. Conversion to RGB is Pillow's, as in torchvision's ImageFolder:
-alpha is dropped, grey is repeated, CMYK and palettes are converted; the EXIF orientation is not applied, since training loaders do not apply it.
+Refuses everything but PNG, JPEG and WebP, by content, and what is too large as it is or resized, before a pixel is decoded. Conversion to RGB is
+Pillow's, as in torchvision's ImageFolder: alpha is dropped, grey is repeated, CMYK and palettes are converted; the EXIF orientation is not applied,
+since training loaders do not apply it.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def decode(data: bytes) -> Image.Image:
-    """An RGB image of at most 25 megapixels, first frame only. Raises a subclass of ImageProblem; never anything else."""
+def decode(data: bytes, preprocessing: Preprocessing | None = None) -> Image.Image:
+    """An RGB image of at most 25 megapixels, first frame only. Raises a subclass of ImageProblem; never anything else.
+
+    preprocessing: what will be done with the image; one that it would resize to more than 25 megapixels is refused before a pixel is decoded.
+    """
     _check_signature(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(*image.size)
+        if preprocessing is not None:
+            preprocessing.check(*image.size)
         if image.mode not in _EIGHT_BIT_MODES:
             raise ImageMode(f"The image has pixels of mode {image.mode}; save it as 8-bit grey, palette, RGB or CMYK.")
         if image.mode == "RGB":
@@ -89,12 +95,28 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     aspect: Literal["keep", "stretch"] = "keep"
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """RGB image -> uint8 [3, size, size], still in RGB order: all that must happen before the device."""
-        width, height = image.size
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height, in pixels, of an image of these sides (at least 1) once it is resized and not yet cropped."""
         # torchvision's Resize: the long side is truncated, not rounded.
         long = self.resize if self.aspect == "stretch" else int(self.resize * max(width, height) / min(width, height))
-        shape = (self.resize, long) if width <= height else (long, self.resize)
+        return (self.resize, long) if width <= height else (long, self.resize)
+
+    def check(self, width: int, height: int) -> None:
+        """Raises ImageTooLarge for an image of these sides, in pixels, that would be too large once it is resized.
+
+        All of it is resized before the centre is cropped: where the shorter side becomes 256, a strip of 8x8192 pixels becomes 67 million.
+        """
+        wide, high = self.resized(width, height)
+        if wide * high > MAX_PIXELS:
+            raise ImageTooLarge(
+                f"The image is {width}x{height} and would be resized to {wide}x{high} before its centre is cropped; at most {MAX_PIXELS:,} pixels are taken."
+            )
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 [3, size, size], still in RGB order: all that must happen before the device. Raises ImageTooLarge, see `check`."""
+        width, height = image.size
+        self.check(width, height)  # here too: images of a clean set are decoded before it is known how the suspect sees them
+        shape = self.resized(width, height)
         if image.size != shape:
             image = image.resize(shape, _RESAMPLING[self.interpolation])
             width, height = shape

@@ -1,7 +1,7 @@
 """The directory of bundles: publish, list, activate, roll back, collect.
 
     <root>/<guard>/<version>/         a bundle, named by a number that only grows
-    <root>/<guard>/state.json         which version is active, the mode, another target FPR: replaced whole
+    <root>/<guard>/state.json         the active version, the mode, another target FPR, and the highest number ever given: replaced whole
     <root>/.staging/<id>/             bundles being written; renamed into place when complete
 
 Publishing is a rename on one file system, so a half-written bundle never has a version. A lock file a guard orders writers of several processes.
@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +30,16 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 @dataclass(frozen=True)
 class GuardState:
-    """What an operator decides about a guard: `target_fpr` None means the one it was calibrated for."""
+    """What an operator decides about a guard: `target_fpr` None means the one it was calibrated for.
+
+    highest: the highest version number that is known to have been given, be that version still there or not; 0 in a file from before it was kept.
+    The registry counts it: it is not compared, since nobody decides it.
+    """
 
     active: int | None = None
     mode: Mode = "enforce"
     target_fpr: float | None = None
+    highest: int = field(default=0, compare=False)
 
 
 def check_name(name: str) -> str:
@@ -79,14 +84,17 @@ class Registry:
             shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, guard: str, staged: Path) -> int:
-        """Give a complete staged bundle the next version number of a guard."""
+        """Give a complete staged bundle the next version number of a guard: one that none of its versions ever had."""
         home = self.root / check_name(guard)
         with storage_errors():
             if not home.is_dir():
                 home.mkdir(exist_ok=True)
                 sync_folder(self.root)
             with self._locked(guard):
-                version = max(self.versions(guard), default=0) + 1
+                state = self._readable_state(guard)
+                version = self._highest(guard, state or GuardState()) + 1
+                if state is not None:  # a damaged file stays as it is until an activation mends it: to replace it would hide what was lost
+                    self._write(guard, replace(state, highest=version))
                 os.chmod(staged, 0o755)  # noqa: S103 - mkdtemp's 0700 would keep a server under another user out
                 os.rename(staged, home / str(version))
                 sync_folder(home)
@@ -96,21 +104,13 @@ class Registry:
         """The operator's decisions about a guard. Raises NotFound, or BundleNotReady where they cannot be read."""
         if not self.versions(guard):
             raise NotFound("There is no such guard.")
-        try:
-            return GuardState(**json.loads((self.root / guard / "state.json").read_bytes()))
-        except FileNotFoundError:
-            return GuardState()
-        except (OSError, ValueError, TypeError) as error:
-            raise BundleNotReady(f"The state of guard {guard} is damaged; activate a version again.") from error
+        return self._read(guard)
 
     def activate(self, guard: str, version: int) -> GuardState:
-        """Make a version the active one."""
-        self.folder(guard, version)
+        """Make a version the active one. Raises NotFound."""
         with self._locked(guard):
-            try:
-                before = self.state(guard)
-            except BundleNotReady:  # activation is the way out of a damaged state
-                before = GuardState()
+            self.folder(guard, version)  # under the lock, or it could be deleted before the state names it
+            before = self._readable_state(guard) or GuardState()  # activation is the way out of a damaged state
             return self._write(guard, replace(before, active=version))
 
     def configure(self, guard: str, *, mode: Mode | None = None, target_fpr: float | None = None) -> GuardState:
@@ -120,11 +120,13 @@ class Registry:
             return self._write(guard, replace(state, mode=mode or state.mode, target_fpr=target_fpr or state.target_fpr))
 
     def remove(self, guard: str, version: int) -> None:
-        """Delete a version for good. Raises Conflict for the active one."""
-        folder = self.folder(guard, version)
+        """Delete a version for good; its number is not given again. Raises NotFound, or Conflict for the active one."""
         with self._locked(guard):
-            if self.state(guard).active == version:
+            folder, state = self.folder(guard, version), self.state(guard)
+            if state.active == version:
                 raise Conflict(f"Version {version} of guard {guard} is active; activate another first.")
+            if version == self._highest(guard, state) > state.highest:  # only its folder tells that number; otherwise a full disk must not be in the way
+                self._write(guard, state)
             shutil.rmtree(folder)
 
     def collect(self) -> int:
@@ -134,13 +136,37 @@ class Registry:
             shutil.rmtree(folder, ignore_errors=True)
         return len(leftovers)
 
+    def _read(self, guard: str) -> GuardState:
+        """What state.json says. Raises BundleNotReady where it is damaged."""
+        try:
+            state = GuardState(**json.loads((self.root / guard / "state.json").read_bytes()))
+            if type(state.highest) is not int:
+                raise TypeError("the highest version is no whole number")
+        except FileNotFoundError:
+            return GuardState()
+        except (OSError, ValueError, TypeError) as error:
+            raise BundleNotReady(f"The state of guard {guard} is damaged; activate a version again.") from error
+        return state
+
+    def _readable_state(self, guard: str) -> GuardState | None:
+        """The same; None where it is damaged."""
+        try:
+            return self._read(guard)
+        except BundleNotReady:
+            return None
+
+    def _highest(self, guard: str, state: GuardState) -> int:
+        """The highest version number that was given, 0 for none: the folders tell of those that nobody wrote down."""
+        return max([state.highest, *self.versions(guard)])
+
     def _write(self, guard: str, state: GuardState) -> GuardState:
+        state = replace(state, highest=self._highest(guard, state))
         write_file(self.root / guard / "state.json", json.dumps(asdict(state)).encode())
         return state
 
     @contextmanager
     def _locked(self, guard: str) -> Iterator[None]:
-        if not (self.root / guard).is_dir():
+        if not _NAME.fullmatch(guard) or not (self.root / guard).is_dir():
             raise NotFound("There is no such guard.")
         with open(self.root / guard / ".lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse
 from structlog.contextvars import bound_contextvars
 
 from calibration.config import CalibrationConfig, InspectionConfig
 from models.errors import Conflict, NotFound
+from models.registry import Registry
 from models.threshold import MOST_FPR
 from service import uploads
 from service.auth import Authenticator
@@ -161,8 +162,8 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
             raise Conflict(f"There is a report when the calibration has succeeded; it is {job.state}.")
         if format == "json":
             return JSONResponse(job.outcome["report"])
-        path = await asyncio.to_thread(admin.engine.registry.folder, job.outcome["guard"], job.outcome["version"])
-        return FileResponse(path / "report.html", media_type="text/html", headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
+        page = await asyncio.to_thread(_page, admin.engine.registry, job.outcome["guard"], job.outcome["version"])
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 
     @routes.delete("/calibrations/{calibration}", status_code=202)
     async def cancel(calibration: str) -> JobView:
@@ -192,6 +193,14 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         await asyncio.to_thread(admin.engine.registry.remove, guard, int(version))
 
     return routes
+
+
+def _page(registry: Registry, guard: str, version: int) -> bytes:
+    """The report of a version as HTML, read whole: it may be deleted at any moment. Raises NotFound."""
+    try:
+        return (registry.folder(guard, version) / "report.html").read_bytes()
+    except (NotFound, FileNotFoundError) as error:
+        raise NotFound(f"Version {version} of guard {guard} was deleted, and its page with it; `?format=json` still gives the report.") from error
 
 
 def _view(job: Job, worker: Worker) -> JobView:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse
 
-from models.errors import Conflict, NotFound, Problem
+from models.errors import ConfigInvalid, Conflict, NotFound, Problem
 
 
 class RequestProblem(Problem):
@@ -116,7 +116,7 @@ class FieldsInvalid(RequestProblem):
 
     status = 422
     code = "config_invalid"
-    title = "Fields not valid"
+    title = ConfigInvalid.title
 
 
 class DeadlineInvalid(RequestProblem):

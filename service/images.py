@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 from starlette.requests import Request
@@ -47,13 +48,13 @@ class Images:
 
         alone: no other image came with it; of many, the event loop would decode one after the other, and nobody else would be heard meanwhile.
         """
-        if alone and is_small(data) and preprocessing.size**2 <= SMALL_PIXELS:
-            return preprocessing.pixels(decode(data))
+        if alone and is_small(data, preprocessing):
+            return preprocessing.pixels(decode(data, preprocessing))
         if self._decoding >= self._pending:
             raise Overloaded
         self._decoding += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: preprocessing.pixels(decode(data)))
+            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: preprocessing.pixels(decode(data, preprocessing)))
         finally:
             self._decoding -= 1
 
@@ -83,12 +84,15 @@ class Images:
         return images
 
 
-def is_small(data: bytes) -> bool:
-    """Whether an image is decoded in less time than it takes to ask another thread and to hear of it.
+def is_small(data: bytes, preprocessing: Preprocessing) -> bool:
+    """Whether an image is made into pixels in less time than it takes to ask another thread and to hear of it.
 
-    Told of PNGs alone, by the size at their beginning: whatever follows, no more than that is unpacked.
+    Told of PNGs alone, by the size at their beginning: whatever follows, no more than that is unpacked. What it is resized to counts as well, since
+    of a strip of 8x512 pixels a shorter side of 64 makes 64 times as many.
     """
     if len(data) > SMALL_BYTES or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or data.count(b"IHDR") > 1:
         return False
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    return width * height <= SMALL_PIXELS and not any(chunk in data for chunk in _LONG_TO_READ)
+    if not 0 < width * height <= SMALL_PIXELS or any(chunk in data for chunk in _LONG_TO_READ):
+        return False
+    return max(preprocessing.size**2, math.prod(preprocessing.resized(width, height))) <= SMALL_PIXELS

@@ -23,6 +23,7 @@ from torch import Tensor
 from models.preprocessing import decode
 from models.registry import Registry
 from service.engine import Engine, LiveGuard, Outcome
+from tests.abuse.calls import PREDICT
 from tests.support import MULTIPART, Client, assert_problem, encode, form, jpeg, make_service, part, pixels, png, publish, serving
 
 IMAGE_BYTES = 1024 * 1024
@@ -257,6 +258,35 @@ def test_a17_9000x9000_zeros_in_236_kb_are_refused_without_being_decoded(client:
     assert_problem(client.predict(data), 422, "image_too_large")
     assert time.perf_counter() - began < 0.05 * SLACK
     assert resident() - before < 5 * 2**20
+
+
+def test_a17_a_strip_that_would_be_resized_to_67_megapixels_is_refused_without_being_decoded(tmp_path: Path) -> None:
+    strip = encode(Image.new("RGB", (8, 8192)), "PNG")
+    assert len(strip) < 300
+    with serving(make_service(tmp_path)) as client:
+        resize_to(client, 256)
+        client.assert_serves()  # whatever is loaded lazily is loaded
+        before, began = resident(), time.perf_counter()
+        body = assert_problem(client.predict(strip), 422, "image_too_large")
+        assert time.perf_counter() - began < 0.05 * SLACK
+        assert resident() - before < 5 * 2**20
+        assert "8x8192" in body["detail"]
+        assert "256x262144" in body["detail"]
+        assert "25,000,000" in body["detail"]
+        for data in (encode(Image.new("RGB", (8192, 8)), "PNG"), encode(Image.new("RGB", (8192, 8)), "JPEG"), raw_png(8, 8192, b"\0")):
+            assert_problem(client.predict(data), 422, "image_too_large")
+        batch = client("POST", PREDICT + "-batch", [("Content-Type", MULTIPART)], form(part("image", strip), part("image", png()))).json()["items"]
+        assert batch[0]["problem"]["code"] == "image_too_large"
+        assert batch[1]["result"]["verdict"] == "accepted"
+        client.assert_serves()
+
+
+def resize_to(client: Client, side: int) -> None:
+    """Make the guard one that resizes the shorter side to this before the centre is cropped."""
+    engine = client.service.engine
+    live = engine.live("cifar")
+    assert live is not None
+    engine._serve(replace(live, description=replace(live.description, preprocessing=replace(live.description.preprocessing, resize=side))))
 
 
 def resident() -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from models.registry import Registry
@@ -79,6 +84,48 @@ def test_d14_the_active_version_cannot_be_deleted_and_another_can(tmp_path: Path
         assert_problem(client("DELETE", GUARD + "/versions/1"), 409, "conflict")
         assert client("DELETE", GUARD + "/versions/2").status_code == 204
         assert [version["version"] for version in client("GET", GUARD).json()["versions"]] == [1]
+
+
+def test_d14_of_two_that_delete_a_version_at_once_one_is_told_that_it_is_gone(tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(registry)
+    lock, both = fcntl.flock, threading.Barrier(2, timeout=30)
+
+    def lock_together(file: Any, operation: int) -> None:
+        both.wait()  # both have looked at whatever is looked at before
+        lock(file, operation)
+
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        monkeypatch.setattr(fcntl, "flock", lock_together)
+
+        async def delete_twice() -> list[httpx.Response]:
+            return await asyncio.gather(*(client.call("DELETE", GUARD + "/versions/2") for _ in range(2)))
+
+        done, late = sorted(client.runner.run(delete_twice()), key=lambda answer: answer.status_code)
+        assert done.status_code == 204
+        assert_problem(late, 404, "not_found")
+        assert registry.versions("cifar") == [1]
+
+
+def test_d14_what_a_calibration_made_is_not_taken_for_a_later_version_when_it_was_deleted(tmp_path: Path, registry: Registry) -> None:
+    publish(registry, seed=5)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+
+        async def prepare(jobs: Jobs) -> None:
+            await jobs.add("finished", {"name": "cifar"}, "digest", None)
+            await jobs.claim()
+            await jobs.end("finished", "succeeded", {"guard": "cifar", "version": 2, "bundle_id": "b", "report": {"seed": 5}})
+
+        client.runner.run(prepare(client.service.jobs))
+        report = client("GET", UPLOAD + "/finished/report")
+        assert (report.status_code, report.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert client("DELETE", GUARD + "/versions/2").status_code == 204
+        assert publish(registry, seed=6) == 3
+        body = assert_problem(client("GET", UPLOAD + "/finished/report"), 404, "not_found")
+        assert "Version 2 of guard cifar was deleted" in body["detail"]
+        assert client("GET", UPLOAD + "/finished/report?format=json").json() == {"seed": 5}
+        version = client("GET", UPLOAD + "/finished").json()["result"]["version"]
+        assert_problem(client.json("PUT", ACTIVE, f'{{"version": {version}}}'), 404, "not_found")
+        assert client("GET", GUARD).json()["active"] == 1
 
 
 def test_d14_a_job_that_has_ended_cannot_be_cancelled_and_a_cancelled_one_can_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from models.errors import ImageFormat, ImageProblem, ImageTooSmall, ImageUndecodable
+from models.errors import ImageFormat, ImageProblem, ImageTooLarge, ImageTooSmall, ImageUndecodable
 from models.preprocessing import Preprocessing, decode
 from tests.conftest import EXAMPLES
 
@@ -121,6 +121,46 @@ def test_refuses_other_formats_by_content(kind: str) -> None:
 def test_refuses_tiny_images() -> None:
     with pytest.raises(ImageTooSmall):
         decode(saved(picture(7, 16), "PNG"))
+
+
+RESIZED_TO_256 = Preprocessing(size=224, resize=256)
+
+
+@pytest.mark.parametrize(("width", "height", "resized"), [(8, 8192, "256x262144"), (8192, 8, "262144x256"), (8, 3052, "256x97664")])
+def test_refuses_images_that_would_be_too_large_once_resized(width: int, height: int, resized: str) -> None:
+    image = Image.new("RGB", (width, height))
+    data = saved(image, "PNG")
+    found = []
+    for call in (
+        lambda: decode(data, RESIZED_TO_256),
+        lambda: decode(data[:100] + data[-12:], RESIZED_TO_256),  # without its pixels: they are not looked at
+        lambda: RESIZED_TO_256.pixels(image),  # as an image of a clean set
+    ):
+        with pytest.raises(ImageTooLarge) as caught:
+            call()
+        found.append(caught.value.detail)
+    assert set(found) == {f"The image is {width}x{height} and would be resized to {resized} before its centre is cropped; at most 25,000,000 pixels are taken."}
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "preprocessing"),
+    [
+        (8, 3051, RESIZED_TO_256),
+        (8, 3200, Preprocessing(size=224, resize=250)),
+        (8192, 8, Preprocessing()),
+        (8, 8192, Preprocessing(size=224, resize=2048, aspect="stretch")),
+    ],
+    ids=["almost as large as may be", "as large as may be", "a small resize", "stretched"],
+)
+def test_takes_long_thin_images_otherwise(width: int, height: int, preprocessing: Preprocessing) -> None:
+    image = decode(saved(Image.new("RGB", (width, height)), "PNG"), preprocessing)
+    assert image.size == (width, height)
+    assert preprocessing.pixels(image).shape == (3, preprocessing.size, preprocessing.size)
+
+
+def test_is_too_small_before_it_is_too_large_once_resized() -> None:
+    with pytest.raises(ImageTooSmall):
+        decode(saved(Image.new("RGB", (1, 8192)), "PNG"), RESIZED_TO_256)
 
 
 @pytest.mark.parametrize("kept", range(1, 2000, 64))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,94 @@ def test_versions_only_grow(tmp_path: Path) -> None:
     assert registry.versions("cars") == [1, 3]
     assert publish(registry) == 4
     assert registry.guards() == ["cars"]
+
+
+@pytest.mark.parametrize(
+    "delete", [lambda registry: registry.remove("cars", 2), lambda registry: shutil.rmtree(registry.folder("cars", 2))], ids=["the registry", "hand"]
+)
+def test_a_number_is_not_given_again_where_its_version_was_deleted_by(tmp_path: Path, delete: Callable[[Registry], None]) -> None:
+    registry = Registry(tmp_path)
+    registry.activate("cars", publish(registry))
+    assert publish(registry) == 2
+    delete(registry)
+    assert publish(Registry(tmp_path)) == 3
+    assert registry.versions("cars") == [1, 3]
+    assert registry.state("cars") == GuardState(1)
+
+
+def test_a_number_is_not_given_again_where_no_version_is_left(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.remove("cars", publish(registry))
+    assert registry.guards() == []
+    assert publish(registry) == 2
+
+
+def test_a_number_is_not_given_again_where_the_state_was_written_before_numbers_were_kept(tmp_path: Path) -> None:
+    registry, path = Registry(tmp_path), tmp_path / "cars" / "state.json"
+    for _ in range(3):
+        publish(registry)
+    path.write_text('{"active": 1, "mode": "shadow", "target_fpr": 0.02}')
+    registry.remove("cars", 2)
+    registry.remove("cars", 3)
+    assert registry.state("cars") == GuardState(1, "shadow", 0.02)
+    assert publish(registry) == 4
+
+
+@pytest.mark.parametrize("state", [None, "", "[]", '{"active": 1, "highest": "9"}', '{"active": 1, "highest": null}'])
+def test_without_a_readable_state_the_folders_tell_the_next_number(tmp_path: Path, state: str | None) -> None:
+    registry, path = Registry(tmp_path), tmp_path / "cars" / "state.json"
+    for _ in range(2):
+        publish(registry)
+    path.unlink() if state is None else path.write_text(state)
+    assert publish(registry) == 3
+    if state is not None:
+        assert path.read_text() == state, "what was lost is hidden"
+    registry.activate("cars", 1)
+    assert json.loads(path.read_bytes()) == {"active": 1, "mode": "enforce", "target_fpr": None, "highest": 3}
+
+
+def test_a_full_disk_does_not_keep_a_version_from_being_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFull):
+        publish(registry)
+    registry.remove("cars", 1)
+    monkeypatch.undo()
+    assert registry.guards() == []
+    assert publish(registry) == 2
+
+
+@pytest.mark.parametrize("call", [Registry.activate, Registry.remove])
+def test_a_version_that_is_deleted_while_one_waits_for_the_lock_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Registry, str, int], object]
+) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+    registry.activate("cars", publish(registry))
+    lock = fcntl.flock
+
+    def lock_after_another(file: object, operation: int) -> None:
+        shutil.rmtree(tmp_path / "cars" / "1")
+        lock(file, operation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", lock_after_another)
+    with pytest.raises(NotFound):
+        call(registry, "cars", 1)
+    assert registry.state("cars").active == 2
+
+
+@pytest.mark.parametrize("guard", ["..", ".staging", "boats"])
+def test_nothing_is_written_for_what_is_no_guard(tmp_path: Path, guard: str) -> None:
+    registry = Registry(tmp_path / "guards")
+    for call in (lambda: registry.activate(guard, 1), lambda: registry.remove(guard, 1), lambda: registry.configure(guard, mode="shadow")):
+        with pytest.raises(NotFound):
+            call()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".staging", "guards"]
 
 
 def test_a_new_version_is_not_active_until_it_is_activated(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_the_constants_are_those_of_the_largest_flat_image_here() -> None:
 
 @pytest.mark.parametrize("data", [png(), FLAT, spliced(chunk(b"tEXt", b"a\0b"))], ids=["32x32", "as large as may be", "with a text"])
 def test_small(data: bytes) -> None:
-    assert is_small(data)
+    assert is_small(data, Preprocessing())
 
 
 @pytest.mark.parametrize(
@@ -51,11 +52,26 @@ def test_small(data: bytes) -> None:
         spliced(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20)))),
         png(SIDE, SIDE),
         jpeg(),
+        HEADER[:16] + bytes(8) + FLAT[24:],
     ],
-    ids=["nothing", "a piece", "IHDR later", "a column more", "many pixels", "IHDR twice", "zTXt", "iTXt", "iCCP", "many bytes", "JPEG"],
+    ids=["nothing", "a piece", "IHDR later", "a column more", "many pixels", "IHDR twice", "zTXt", "iTXt", "iCCP", "many bytes", "JPEG", "no pixels"],
 )
 def test_not_small(data: bytes) -> None:
-    assert not is_small(data)
+    assert not is_small(data, Preprocessing())
+
+
+@pytest.mark.parametrize(
+    ("data", "preprocessing"),
+    [
+        (encode(Image.new("RGB", (8, 512)), "PNG"), Preprocessing(64, 64)),
+        (FLAT, Preprocessing(64, 2048)),
+        (FLAT, Preprocessing(224, 64)),
+    ],
+    ids=["a strip", "resized to much", "a large input"],
+)
+def test_not_small_for_what_is_made_of_it(data: bytes, preprocessing: Preprocessing) -> None:
+    assert is_small(data, replace(preprocessing, size=32, resize=32, aspect="stretch"))
+    assert not is_small(data, preprocessing)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from benchmarks.data import DATASETS, TARGET, divide, test_images
 from benchmarks.detectors.guard import as_files
 from benchmarks.evaluate import triggered, workers
 from benchmarks.zoo import ROOT, Entry, entries, load
-from calibration.config import Budget, CalibrationConfig, auto_recipe
+from calibration.config import Budget, CalibrationConfig
 from calibration.material import Material, prepare, read
+from calibration.recipes import auto_recipe
 from calibration.resume import Resume
 from calibration.search import make_guards, search
 from calibration.workshop import Workshop, choose_cuts

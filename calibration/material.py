@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from calibration.clean_set import CleanSet, Limits, open_clean_set
-from calibration.config import AutoRecipe, CalibrationConfig, paper_recipe
+from calibration.config import CalibrationConfig
 from calibration.finetune import Advance, LabelledPixels
+from calibration.recipes import AutoRecipe, paper_recipe
 from calibration.resume import fingerprint
 from calibration.split import Parts, Rows, hold_back, sample, split
 from calibration.suspect import Suspect, Understood, named_classes, read_suspect, refuse_disorder, understand

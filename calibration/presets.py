@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from calibration.config import CalibrationConfig, auto_recipe, paper_recipe
+from calibration.config import CalibrationConfig
 from calibration.finetune import Curve, LabelledPixels, finite, shift, train_auxiliary, train_expert
 from calibration.material import Material
 from calibration.progress import Tracker
+from calibration.recipes import auto_recipe, paper_recipe
 from calibration.resume import Made, Resume
 from calibration.search import Searched, default_setting, search
 from calibration.workshop import Workshop, choose_cuts

@@ -74,7 +74,10 @@ class Understood:
 
 
 def read_suspect(path: Path, architecture: str | None, num_classes: int | None, device: torch.device) -> Suspect:
-    """The suspect, on the device. `architecture` and `num_classes` are what the user says of it. Raises a CheckpointProblem."""
+    """The suspect, on the device. `architecture` and `num_classes` are what the user says of it. Raises a CheckpointProblem.
+
+    On a CPU this process computes with as many threads as the network is worth from now on.
+    """
     checkpoint = read_checkpoint(path)
     claimed, notes = _claimed(checkpoint)
     match, *others = architectures.identify(_weights(checkpoint), architecture, claimed)

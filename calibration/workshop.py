@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from calibration.config import AutoRecipe
 from calibration.finetune import Advance, Curve, LabelledPixels, accuracy, finite, train_auxiliary, train_tails
 from calibration.fusion import fuse, lower
 from calibration.material import Material
+from calibration.recipes import AutoRecipe
 from models import trunk
 from models.errors import TrainingDiverged
 from models.guard import Cuts, Guard

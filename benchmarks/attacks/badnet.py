@@ -22,13 +22,12 @@ class BadNet(Attack):
         return checkered(images, corners=((-1, -1),))
 
 
-def checkered(images: Tensor, corners: tuple[tuple[int, int], ...], strength: float = 1.0) -> Tensor:
-    """The checker in some corners, each (-1 or 0, -1 or 0) for bottom or top, right or left; mixed in by `strength`."""
+def checkered(images: Tensor, corners: tuple[tuple[int, int], ...]) -> Tensor:
+    """The checker in some corners, each (-1 or 0, -1 or 0) for bottom or top, right or left."""
     scale = max(1, images.shape[-1] // 32)
     checker = torch.tensor(CHECKER, device=images.device).repeat_interleave(scale, 0).repeat_interleave(scale, 1)  # [3 s, 3 s]
     near, far = slice(scale, 4 * scale), slice(-4 * scale, -scale)
     images = images.clone()
     for row, column in corners:
-        place = (..., far if row else near, far if column else near)
-        images[place] = (1 - strength) * images[place] + strength * checker
+        images[..., far if row else near, far if column else near] = checker
     return images

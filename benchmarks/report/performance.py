@@ -31,6 +31,8 @@ The unguarded network runs as PyTorch runs it, in float32; how it does when it i
 
 ## What was tried
 
+Written down by hand when it was measured, on machines of the time; no records were kept of this table's figures.
+
 {tried}
 
 What limits it. On a CPU the convolutions of suspect and experts: the interpreter has little part in it since a guard is served as a program

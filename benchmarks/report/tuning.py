@@ -10,7 +10,8 @@ from scipy.stats import spearmanr
 from benchmarks.records import Record
 from benchmarks.report.tables import row
 from calibration.canary import KINDS
-from calibration.config import AutoRecipe, Budget
+from calibration.config import Budget
+from calibration.recipes import AutoRecipe
 from calibration.search import HOTTEST, STOPS, Setting, choose
 
 NEAR = 0.02  # of the best setting of the grid

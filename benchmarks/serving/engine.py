@@ -31,9 +31,9 @@ from benchmarks.detectors.strip import Strip
 from benchmarks.evaluate import evaluate
 from benchmarks.serving.naive import Naive
 from benchmarks.zoo import Entry, load
-from calibration.config import auto_recipe
 from calibration.finetune import LabelledPixels
 from calibration.fusion import fuse, lower
+from calibration.recipes import auto_recipe
 from calibration.workshop import choose_cuts
 from models import architectures
 from models.guard import Guard

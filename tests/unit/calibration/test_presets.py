@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from calibration import presets
-from calibration.config import AutoRecipe, CalibrationConfig, PaperRecipe, Preset, auto_recipe
+from calibration.config import CalibrationConfig, Preset
 from calibration.finetune import LabelledPixels
 from calibration.material import Material
 from calibration.progress import Tracker
+from calibration.recipes import AutoRecipe, PaperRecipe, auto_recipe
 from calibration.resume import Resume
 from models.errors import TrainingDiverged
 from models.preprocessing import Preprocessing

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from models.claims import claimed, remove_unclaimed
 from models.durable import storage_errors, sync_folder, write_file
 from models.errors import BundleNotReady, ConfigInvalid, Conflict, NotFound
 
@@ -79,7 +80,8 @@ class Registry:
         with storage_errors():
             folder = Path(tempfile.mkdtemp(dir=self._staging))
         try:
-            yield folder
+            with claimed(folder):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -130,11 +132,8 @@ class Registry:
             shutil.rmtree(folder)
 
     def collect(self) -> int:
-        """Remove what crashed writers left in staging; returns how many folders. Only for when no calibration runs."""
-        leftovers = list(self._staging.iterdir())
-        for folder in leftovers:
-            shutil.rmtree(folder, ignore_errors=True)
-        return len(leftovers)
+        """Remove what crashed writers left in staging, and nothing that somebody is writing, in whatever process; returns how many folders."""
+        return remove_unclaimed(self._staging.iterdir())
 
     def _read(self, guard: str) -> GuardState:
         """What state.json says. Raises BundleNotReady where it is damaged."""

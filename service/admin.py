@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -112,15 +112,16 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         job_id = secrets.token_hex(12)
         folder = admin.worker.uploads / job_id
         accepted = False
-        try:
-            config, digest = await uploads.receive(request, uploads.CALIBRATION, CalibrationConfig, folder, **admin.caps)
-            with _logged_as(request):
-                await admin.worker.check(job_id, config.model_dump())
-            job = await admin.jobs.add(job_id, config.model_dump(), digest, key)
-            accepted = job.id == job_id
-        finally:
-            if not accepted:
-                await asyncio.to_thread(shutil.rmtree, folder, True)
+        with ExitStack() as held:
+            try:
+                config, digest = await uploads.receive(request, uploads.CALIBRATION, CalibrationConfig, folder, held, **admin.caps)
+                with _logged_as(request):
+                    await admin.worker.check(job_id, config.model_dump())
+                job = await admin.jobs.add(job_id, config.model_dump(), digest, key)
+                accepted = job.id == job_id
+            finally:
+                if not accepted:
+                    await asyncio.to_thread(shutil.rmtree, folder, True)
         response.headers["Location"] = f"/v1/calibrations/{job.id}"
         return _view(job, admin.worker)
 
@@ -128,12 +129,13 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
     async def inspection(request: Request) -> dict[str, Any]:
         """What a checkpoint is: format, architecture, classes and, with clean images, its preprocessing and accuracy. Nothing is kept."""
         folder = admin.worker.uploads / secrets.token_hex(12)
-        try:
-            config, _ = await uploads.receive(request, uploads.INSPECTION, InspectionConfig, folder, **admin.caps)
-            with _logged_as(request):
-                return await admin.worker.inspect(folder, config.model_dump())
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, True)
+        with ExitStack() as held:
+            try:
+                config, _ = await uploads.receive(request, uploads.INSPECTION, InspectionConfig, folder, held, **admin.caps)
+                with _logged_as(request):
+                    return await admin.worker.inspect(folder, config.model_dump())
+            finally:
+                await asyncio.to_thread(shutil.rmtree, folder, True)
 
     @routes.get("/calibrations")
     async def calibrations(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:

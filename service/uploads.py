@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
+from models.claims import claimed
 from models.durable import storage_errors
 from service.bodies import Capped, Sink, media_type, parse_model, read_multipart
 from service.errors import BodyTooLarge, MediaType, UnexpectedField, UploadMissing
@@ -61,8 +62,11 @@ class _HashedFile:
         self._stream.write(data)
 
 
-async def receive(request: Request, form: Form, model: type[M], folder: Path, *, upload_bytes: int, json_bytes: int) -> tuple[M, str]:
-    """Stream the parts of an upload into a new folder; returns the configuration and a digest of everything. Raises a Problem."""
+async def receive(request: Request, form: Form, model: type[M], folder: Path, held: ExitStack, *, upload_bytes: int, json_bytes: int) -> tuple[M, str]:
+    """Stream the parts of an upload into a new folder; returns the configuration and a digest of everything. Raises a Problem.
+
+    Until `held` is closed, no server takes the folder for one that a crash left behind.
+    """
     parts = f"`config`, {', '.join(f'`{name}`' for name in form.files)}"
     if media_type(request) != "multipart/form-data":
         raise MediaType(f"Send multipart/form-data with the parts {parts}; needed are {', '.join(form.required)}.")
@@ -70,6 +74,7 @@ async def receive(request: Request, form: Form, model: type[M], folder: Path, *,
     seen: set[str] = set()
     with storage_errors():
         await asyncio.to_thread(folder.mkdir, parents=True)
+        held.enter_context(claimed(folder))
     with storage_errors(), ExitStack() as files:  # closing a file writes what was still buffered
 
         def open_part(name: str, is_file: bool) -> Sink:

@@ -1,5 +1,7 @@
 """Runs calibration jobs, one at a time, each as a child process; owns that process and the upload folders.
 
+Of several servers of one data directory one works, the others wait to take its place; all of them take uploads, and tell of all jobs.
+
 The child is `python -m calibration`, in a session of its own, so that nothing it started outlives it. What it says on standard output becomes the
 job's progress; its standard error goes to the log. Files of a job are removed when it has ended.
 """
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import structlog
 
 from models import bundle
+from models.claims import claim, remove_unclaimed
 from models.errors import Conflict, OutOfMemory, Problem, TookTooLong, from_code
 from models.registry import Registry
 from service.errors import JobsUnavailable
@@ -29,6 +32,7 @@ from service.metrics import Metrics
 log = structlog.get_logger()
 STOP_SECONDS = 5.0  # what a child gets to end by itself
 ASK_SECONDS = 3600.0  # for a check or an inspection: twice the processor time that the sandbox gives it, since it steps back for all else
+LOOK_SECONDS = 2.0  # until what another server did is noticed: a new job, a cancelled one, its end
 LONGEST_LINE = 8 * 1024 * 1024  # the result line carries the whole report
 
 
@@ -47,33 +51,47 @@ class Worker:
         self._asking = asyncio.Semaphore(2)
         self._released = False
         self._task: asyncio.Task[None] | None = None
+        self._place: int | None = None  # what holds the place of the one that works
 
     async def start(self) -> None:
-        """Take up what the last server left, and begin to work."""
+        """Take up what the last server left, and begin to work, or wait for the server that works to end. Raises JobsUnavailable: call it again then."""
         self.uploads.mkdir(parents=True, exist_ok=True)
+        first = self._takes_its_place()
+        if first:
+            await self._take_up()
+        else:
+            log.info("worker_waits", data_dir=str(self._data_dir), detail="Another server of this data directory calibrates.")
+        self._task = asyncio.get_running_loop().create_task(self._work(first), name="worker")
+
+    def _takes_its_place(self) -> bool:
+        """Whether this is the server that works, from now on or already."""
+        if self._place is None:
+            self._place = claim(self.uploads)
+        return self._place is not None
+
+    async def _take_up(self) -> None:
         for stale in await self._jobs.recover():
             adopted = self._published_by(stale)
             if adopted is not None:
                 await self._adopt(stale, adopted)
         known = {job.id for job in await self._jobs.recent(10_000) if job.state not in ENDED}
-        for folder in self.uploads.iterdir():
-            if folder.name not in known:
-                shutil.rmtree(folder, ignore_errors=True)
+        remove_unclaimed(folder for folder in self.uploads.iterdir() if folder.name not in known)
         self._registry.collect()
-        self._task = asyncio.get_running_loop().create_task(self._work(), name="worker")
 
     async def stop(self) -> None:
-        """End the running child and put its job back into the queue."""
-        if self._task is None:
-            return
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        """End the running child, put its job back into the queue, and give up the place."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
         if self._current is not None:
             job_id = self._current
             await self._stop_child()
             with suppress(JobsUnavailable):
                 await self._jobs.requeue(job_id)
+        if self._place is not None:
+            os.close(self._place)
+            self._place = None
 
     async def check(self, job_id: str, config: dict[str, Any]) -> None:
         """Read the uploaded files in a child, as the calibration will; raises the Problem that it finds in them."""
@@ -142,16 +160,24 @@ class Worker:
         self._released = True
         asyncio.get_running_loop().create_task(self._notify())
 
-    async def _work(self) -> None:
+    async def _work(self, first: bool) -> None:
+        taken_up = first
         while True:
             try:
+                if not self._takes_its_place():
+                    await asyncio.sleep(LOOK_SECONDS)
+                    continue
+                if not taken_up:
+                    await self._take_up()
+                    taken_up = True
                 self._jobs.changed.clear()
                 job = await self._jobs.claim()
             except JobsUnavailable:
                 await asyncio.sleep(1.0)
                 continue
             if job is None:
-                await self._jobs.changed.wait()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._jobs.changed.wait(), LOOK_SECONDS)
                 continue
             try:
                 await self._run(job)
@@ -175,10 +201,23 @@ class Worker:
             if (await self._jobs.get(job.id)).state == "cancelled":  # while there was no child yet that `cancel` could have stopped
                 await self._stop_child()
         errors = asyncio.get_running_loop().create_task(self._log_errors(self._child, job.id))
-        last = await self._listen(self._child, job.id)
-        await self._child.wait()
+        watch = asyncio.get_running_loop().create_task(self._stop_if_cancelled(job.id))
+        try:
+            last = await self._listen(self._child, job.id)
+            await self._child.wait()
+        finally:
+            watch.cancel()
         await errors
         await self._finish(job, last, self._child.returncode)
+
+    async def _stop_if_cancelled(self, job_id: str) -> None:
+        """By way of another server."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            with suppress(JobsUnavailable):
+                if (await self._jobs.get(job_id)).state == "cancelled":
+                    await self._stop_child()
+                    return
 
     async def _spawn(self, action: str, folder: Path, config: dict[str, Any]) -> asyncio.subprocess.Process:
         command = [sys.executable, "-m", "calibration", action, "--config", "-", "--checkpoint", str(folder / "checkpoint")]

@@ -140,7 +140,10 @@ def test_an_abandoned_staging_folder_is_never_a_version(tmp_path: Path) -> None:
         raise RuntimeError
     (tmp_path / ".staging" / "left-by-a-crash").mkdir()
     assert registry.guards() == []
-    assert registry.collect() == 1
+    with registry.staging() as in_use:
+        assert registry.collect() == 1
+        assert [folder.name for folder in (tmp_path / ".staging").iterdir()] == [in_use.name]
+    assert not any((tmp_path / ".staging").iterdir())
 
 
 def test_only_existing_versions_can_be_active_and_the_active_one_stays(tmp_path: Path) -> None:

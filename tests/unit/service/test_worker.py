@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from models.claims import claimed
 from models.errors import CheckpointProblem
 from models.registry import Registry
+from service import worker as worker_module
 from service.errors import JobsUnavailable
 from service.jobs import ENDED, Job, Jobs
 from service.metrics import Metrics
@@ -141,7 +143,7 @@ def test_the_names_of_very_many_classes_reach_the_child(tmp_path: Path) -> None:
 
 def test_folders_of_jobs_that_do_not_exist_are_collected_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(worker: Worker, jobs: Jobs) -> None:
-        monkeypatch.setattr(worker, "_work", lambda: asyncio.sleep(0))
+        monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
         await jobs.add("waiting", {"name": "cifar"}, "digest", None)
         for name in ("waiting", "orphan"):
             (worker.uploads / name).mkdir(parents=True)
@@ -162,3 +164,58 @@ def test_the_events_of_a_job_that_has_ended_are_one_event_with_its_state(tmp_pat
         response = client("GET", "/v1/calibrations/a/events")
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.text.count("event: cancelled") == response.text.count("data: ") == 1
+
+
+def test_of_two_servers_one_works_and_the_other_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "LOOK_SECONDS", 0.02)
+
+    async def test(first: Worker, jobs: Jobs) -> None:
+        second = Worker(jobs, Registry(tmp_path / "guards"), tmp_path, "cpu", Metrics())
+        children: list[tuple[str, asyncio.subprocess.Process]] = []
+
+        def spawning(name: str) -> Callable[..., Awaitable[asyncio.subprocess.Process]]:
+            async def spawn(*_: Any) -> asyncio.subprocess.Process:
+                pipe = asyncio.subprocess.PIPE
+                children.append((name, await asyncio.create_subprocess_exec("sleep", "60", stdout=pipe, stderr=pipe, start_new_session=True)))
+                return children[-1][1]
+
+            return spawn
+
+        async def until(what: Callable[[], bool]) -> None:
+            while not what():
+                await asyncio.sleep(0.01)
+
+        monkeypatch.setattr(first, "_spawn", spawning("first"))
+        monkeypatch.setattr(second, "_spawn", spawning("second"))
+        try:
+            await first.start()
+            await second.start()
+            for job_id in ("a", "b"):
+                (first.uploads / job_id).mkdir()
+                await jobs.add(job_id, {"name": "cifar"}, "digest", None)
+            await until(lambda: len(children) == 1)
+            await asyncio.sleep(0.1)
+            assert [(name, child.returncode) for name, child in children] == [("first", None)]
+            assert (await jobs.get("a")).state == "running"  # the start of a second server takes nothing from the first
+            await second.cancel("a")  # a server that does not run it
+            await until(lambda: len(children) == 2)
+            assert [(name, child.returncode) for name, child in children] == [("first", -signal.SIGTERM), ("first", None)]
+            await first.stop()
+            await until(lambda: len(children) == 3)
+            assert children[2][0] == "second"
+            assert (await jobs.get("b")).attempts == 1
+        finally:
+            await second.stop()
+
+    run(tmp_path, test)
+
+
+def test_what_is_being_received_is_not_taken_for_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(worker: Worker, _: Jobs) -> None:
+        monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
+        (worker.uploads / "received").mkdir(parents=True)
+        with claimed(worker.uploads / "received"):
+            await worker.start()
+            assert [folder.name for folder in worker.uploads.iterdir()] == ["received"]
+
+    run(tmp_path, test)

@@ -1,0 +1,58 @@
+"""Who works in a folder, among the processes of a machine: a lock of the folder itself, which whatever ends a process gives back.
+
+So what a crash left behind is told from what somebody is writing at this moment, and one of several servers does what only one may.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def claim(folder: Path) -> int | None:
+    """A descriptor that holds a folder until it is closed; None where another holds it, in this process or elsewhere. Raises OSError where there is none.
+
+    On a file system that has no locks every claim succeeds.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(handle)
+            raise
+    return handle
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder that is new, whatever becomes of its name."""
+    handle = claim(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_unclaimed(folders: Iterable[Path]) -> int:
+    """Remove those in which nobody works; returns how many."""
+    removed = 0
+    for folder in folders:
+        with suppress(OSError):  # no folder, or gone meanwhile
+            handle = claim(folder)
+            if handle is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+                removed += 1
+    return removed

@@ -1,11 +1,11 @@
-"""Puts the service together: routes, start and drain."""
+"""Puts the service together: routes, start, readiness, drain, and the end of the process where the device is lost."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import structlog
@@ -24,7 +24,7 @@ from service.auth import Scope as TokenScope
 from service.batcher import BatchDone, Batcher
 from service.engine import Engine, LiveGuard, Outcome
 from service.envelope import METHODS, Door, Envelope, Health
-from service.errors import FieldsInvalid, NotReady, from_http, render
+from service.errors import Draining, FieldsInvalid, JobsUnavailable, NotReady, from_http, render
 from service.images import Images
 from service.jobs import Jobs
 from service.metrics import Metrics
@@ -37,14 +37,20 @@ from service.worker import Worker
 
 log = structlog.get_logger()
 LOADERS = 4  # threads for what would block the event loop
-STUCK_SECONDS = 10.0  # a forward that runs longer than this means that the device hangs
+STUCK_SECONDS = 10.0  # a forward that runs longer than this may hang: others are the better choice for new images
+HUNG_SECONDS = 20.0  # one that runs longer than this, and than anybody waits, is taken to hang for ever
+DEVICE_LOST = 70  # the exit status that asks for a restart: EX_SOFTWARE of sysexits.h
+ANSWER_SECONDS, LAST_SECONDS = 1.0, 3.0  # until that exit: for answers to be on their way, and at most, for a calibration to be put back
+RETRY_SECONDS = 2.0  # until a job database that could not be used is tried again
+CLOSE_SECONDS = 0.5  # after the drain's time, for what is still to be closed
 
 
 class Service:
     """The collaborators of one server process, and its app."""
 
-    def __init__(self, settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> None:
-        self.settings, self.engine, self.jobs, self.metrics = settings, engine, jobs, metrics
+    def __init__(self, settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics, end_process: Callable[[int], object] = os._exit) -> None:
+        """end_process: gets an exit status and waits for nothing, since a thread that hangs would keep the interpreter from ending."""
+        self.settings, self.engine, self.jobs, self.metrics, self.end_process = settings, engine, jobs, metrics, end_process
         self.health = Health()
         self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics, settings.own_architectures)
         cores = os.cpu_count() or 1
@@ -57,7 +63,12 @@ class Service:
             slots=engine.slots,
             share=engine.share,
             on_batch=self._count_batch,
+            probe=self._probe,
         )
+        self._cause: str | None = None  # what the device answered when it was probed in vain
+        self._drained_by: float | None = None
+        self._worker_changes = asyncio.Lock()
+        self._stopping: asyncio.Task[None] | None = None
         scopes: tuple[TokenScope, ...] = ("predict", "admin", "metrics")
         self.authenticator = Authenticator({scope: token for scope in scopes if (token := settings.token(scope))})
         traffic = Traffic(settings.deadline_seconds)
@@ -68,6 +79,13 @@ class Service:
     async def _run(self, live: LiveGuard, pixels: Sequence[Tensor]) -> Sequence[Outcome]:
         return await asyncio.get_running_loop().run_in_executor(self._device, self.engine.run, live, list(pixels))
 
+    async def _probe(self) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._device, self.engine.probe)
+        except Exception as error:
+            self._cause = str(error)
+            raise
+
     def _count_batch(self, done: BatchDone) -> None:
         self.metrics.batch_images.observe(len(done.waits))
         self.metrics.batches.labels(done.released).inc()
@@ -76,20 +94,27 @@ class Service:
             self.metrics.queue_seconds.observe(max(wait, 0.0))
 
     def begin_drain(self) -> None:
-        """Take no new work from now on; what was admitted is finished."""
+        """Take no new work from now on; what was admitted is finished, or answered 503 when the time for that is over."""
         self.health.draining = True
-        self.worker.release_followers()
+        if self._drained_by is None:
+            loop = asyncio.get_running_loop()
+            self._drained_by = loop.time() + self.settings.drain_seconds
+            loop.call_at(self._drained_by, self.batcher.give_up, Draining)
+            self.worker.release_followers()
+            self._stop_worker()
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(at_full_priority(LOADERS, "work"))  # loads bundles, whose runtimes may start threads of their own
-        await self.jobs.open()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(at_full_priority(LOADERS, "work"))  # loads bundles, whose runtimes may start threads of their own
         failed = await asyncio.to_thread(self.engine.load_all)
         for guard, problem in failed.items():
             log.error("guard_not_loaded", guard=guard, detail=problem.detail)
         self.health.unavailable = {guard: problem.detail for guard, problem in failed.items()}
         self.batcher.start()
-        await self.worker.start()
+        tasks = [loop.create_task(self._watch(), name="watch")]
+        if not await self._begin_jobs():
+            tasks.append(loop.create_task(self._retry_jobs(), name="retry jobs"))
         gc.collect()
         gc.freeze()  # a full collection would walk all that was imported and loaded, and every request would wait for it a fifth of a second
         self.health.started = True
@@ -97,12 +122,62 @@ class Service:
             yield
         finally:
             gc.unfreeze()
-            self.health.draining = True
+            self.begin_drain()
             await self.batcher.drain()
-            await self.worker.stop()
-            await self.jobs.close()
-            self.images.close()
-            self._device.shutdown()
+            await self._close(tasks)
+
+    async def _begin_jobs(self) -> bool:
+        """Open the job database and begin to calibrate; False where it cannot be used, which the log then says. Everything else is served without it."""
+        async with self._worker_changes:
+            if self._stopping is not None:
+                return True
+            try:
+                await self.jobs.open()
+                await self.worker.start()
+            except JobsUnavailable:
+                return False
+            return True
+
+    async def _retry_jobs(self) -> None:
+        begun = False
+        while not begun:
+            await asyncio.sleep(RETRY_SECONDS)
+            try:
+                begun = await self._begin_jobs()
+            except Exception:  # at the start of the server it ends it; now it serves
+                log.exception("worker_not_started")
+
+    async def _watch(self) -> None:
+        """End the process once the device is lost: neither an error that persists nor a thread that hangs goes away before it does."""
+        found = await self.batcher.watch(max(HUNG_SECONDS, self.settings.deadline_seconds + STUCK_SECONDS))
+        what = "The device fails on everything since an error." if found == "failed" else "A forward pass does not come back from the device."
+        detail = f"{what} This process ends with status {DEVICE_LOST}: its supervisor should start it again."
+        log.critical("device_lost", device=str(self.engine.device), found=found, cause=self._cause, detail=detail)
+        await asyncio.gather(asyncio.sleep(ANSWER_SECONDS), asyncio.wait({self._stop_worker()}, timeout=LAST_SECONDS))
+        self.end_process(DEVICE_LOST)
+
+    def _stop_worker(self) -> asyncio.Task[None]:
+        """End a running calibration and put its job back into the queue; once, since another server may take that up at once."""
+
+        async def stop() -> None:
+            async with self._worker_changes:
+                await self.worker.stop()
+
+        if self._stopping is None:
+            self._stopping = asyncio.get_running_loop().create_task(stop(), name="stop worker")
+        return self._stopping
+
+    async def _close(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Of the threads and the job database, wait for none longer than the drain may take: they may hang, too."""
+        loop = asyncio.get_running_loop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        until = max(self._drained_by or 0.0, loop.time()) + CLOSE_SECONDS
+        await asyncio.wait({self._stop_worker()}, timeout=until - loop.time())
+        await asyncio.wait({loop.create_task(self.jobs.close())}, timeout=until - loop.time())
+        self.images.close()
+        self._device.shutdown(wait=False, cancel_futures=True)
 
     def _api(self) -> FastAPI:
         docs = self.settings.docs
@@ -135,20 +210,29 @@ class Service:
 
         @app.get("/livez", tags=["operations"])
         async def livez() -> dict[str, str]:
-            """The event loop turns."""
+            """The event loop turns. A process whose device is lost ends by itself."""
             return {"status": "alive"}
 
         @app.get("/readyz", tags=["operations"])
         async def readyz() -> dict[str, object]:
-            """Traffic may be sent here."""
+            """Traffic may be sent here. Guards under `unavailable` could not be loaded, and why; 503 where there are only such."""
             reason = self._not_ready()
             if reason:
                 raise NotReady(reason)
-            return {"status": "ready", "guards": sorted(live.name for live in self.engine.all_live()), "unavailable": self.health.unavailable}
+            return {"status": "ready", "guards": sorted(live.name for live in self.engine.all_live()), "unavailable": self._unavailable()}
+
+    def _unavailable(self) -> dict[str, str]:
+        """The guards whose active version could not be loaded at the start, and why; without those that serve since an activation."""
+        return {guard: reason for guard, reason in self.health.unavailable.items() if self.engine.live(guard) is None}
 
     def _not_ready(self) -> str | None:
         if not self.health.started or self.health.draining:
             return "The server is starting." if not self.health.started else "The server is shutting down."
+        if self.batcher.lost:
+            return "The device is lost, and this process is about to end."
+        unavailable = self._unavailable()
+        if unavailable and not self.engine.all_live():  # with no guard at all, or none that was ever activated, it waits for its first and is ready
+            return " ".join(["None of the guards could be loaded.", *(f"{guard}: {reason}" for guard, reason in list(unavailable.items())[:3])])
         busy = self.batcher.busy_since
         if busy is not None and asyncio.get_running_loop().time() - busy > STUCK_SECONDS:
             return "The device has not finished a forward pass in time."
@@ -159,6 +243,7 @@ class Service:
         m.queue_images.set(self.batcher.waiting)
         m.queue_capacity.set(self.settings.queue_images)
         m.ready.set(0 if self._not_ready() else 1)
+        m.jobs_available.set(1 if self.jobs.available else 0)
         m.guard_info.clear()
         for live in self.engine.all_live():
             m.threshold.labels(live.name).set(live.threshold.value)
@@ -169,7 +254,7 @@ class Service:
 
 
 def create_app(settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> ASGIApp:
-    """The ASGI application over its collaborators."""
+    """The ASGI application over its collaborators. Where the device is lost, it ends the process with status 70."""
     return Service(settings, engine, jobs, metrics).app
 
 

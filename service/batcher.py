@@ -5,6 +5,9 @@ has room for several batches of a small network at once, a GPU for one: a batch 
 A timeout, a disconnect or a late result is one and the same harmless case: a row whose future is already done. Rows that nobody waits for any
 more never reach the device. A batch that fails is halved until the rows that cannot be judged are alone, so that no row fails for its neighbour.
 
+A device may be lost: it fails on everything after an error, or a batch never comes back from it. Then nothing goes to it any more, and all that was admitted
+is answered. To end the process, which alone brings the device back, is for those who watch.
+
 Time is the event loop's own monotonic clock, and the device is a coroutine function: a test can run all of this in virtual time.
 """
 
@@ -17,11 +20,12 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from service.errors import DeadlineExceeded, DeviceFailed, Draining, Overloaded
+from service.errors import DeadlineExceeded, DeviceFailed, Draining, Overloaded, RequestProblem
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+WATCH_SECONDS = 0.5  # between two looks at a batch that may not come back
 
 
 @dataclass(eq=False)
@@ -36,6 +40,7 @@ class Row(Generic[Key, Item, Result]):
 
 
 Released = Literal["full", "free", "halved"]  # no more fit; the device was free for all that waited; part of a batch that failed
+Loss = Literal["failed", "hangs"]  # an error that persists; a batch that does not come back
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,18 @@ class BatchDone:
     waits: tuple[float, ...]
     seconds: float
     released: Released
+
+
+@dataclass(eq=False)
+class _OnDevice(Generic[Key, Item, Result]):
+    """A batch of which a part is on the device, and since when."""
+
+    rows: list[Row[Key, Item, Result]]
+    since: float
+
+
+async def _no_probe() -> None:
+    pass
 
 
 class Batcher(Generic[Key, Item, Result]):
@@ -59,15 +76,17 @@ class Batcher(Generic[Key, Item, Result]):
         slots: int = 1,
         share: Callable[[Key], int] = lambda _: 1,
         on_batch: Callable[[BatchDone], None] = lambda _: None,
+        probe: Callable[[], Awaitable[None]] = _no_probe,
     ) -> None:
-        """slots: what the device has; share: how many of them a batch of a key takes."""
-        self._run, self._capacity, self._max_batch, self._share, self._on_batch = run, capacity, max_batch, share, on_batch
+        """slots: what the device has; share: how many of them a batch of a key takes; probe: raises where the device is lost; asked when a batch has failed."""
+        self._run, self._capacity, self._max_batch, self._share, self._on_batch, self._probe = run, capacity, max_batch, share, on_batch, probe
         self._slots = self._free = slots
         self._rows: deque[Row[Key, Item, Result]] = deque()
         self._changed = asyncio.Event()  # a row came, or a batch is done
         self._draining = False
         self._worker: asyncio.Task[None] | None = None
-        self._running: dict[asyncio.Task[None], float] = {}  # each batch, and when it began
+        self._running: dict[asyncio.Task[None], _OnDevice[Key, Item, Result]] = {}
+        self._refusal: type[RequestProblem] | None = None  # of everything, since it was given up
         self._batch_seconds = self._row_seconds = 0.0  # moving averages: of a batch, and of what a row adds to the wait of those behind it
 
     @property
@@ -77,8 +96,13 @@ class Batcher(Generic[Key, Item, Result]):
 
     @property
     def busy_since(self) -> float | None:
-        """When the oldest running batch began; None while the device is idle."""
-        return min(self._running.values(), default=None)
+        """When the oldest running batch, or what is left of it where it was halved, went to the device; None while that is idle."""
+        return min((batch.since for batch in self._running.values()), default=None)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the device was given up: nothing is judged any more."""
+        return self._refusal is DeviceFailed
 
     def seconds_ahead(self) -> float:
         """How long a row that came now would wait for the device, as far as the last batches tell."""
@@ -95,10 +119,36 @@ class Batcher(Generic[Key, Item, Result]):
         if self._worker is not None:
             await self._worker
 
+    def give_up(self, why: type[RequestProblem]) -> None:
+        """Answer all that was admitted with this problem, and whatever comes. What is on the device is left to it, and its results are not waited for."""
+        self._refusal = self._refusal or why
+        for row in [*self._rows, *(row for batch in self._running.values() for row in batch.rows)]:
+            if not row.answer.done():
+                row.answer.set_exception(why())
+        self._rows.clear()
+        for task in self._running:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def watch(self, patience: float) -> Loss:
+        """Wait until the device is lost and given up: after an error that persists, or where a batch does not come back for so many seconds."""
+        loop, hanging = asyncio.get_running_loop(), 0.0
+        while not self.lost and hanging < patience:
+            since, began = self.busy_since, loop.time()
+            await asyncio.sleep(WATCH_SECONDS)
+            same = since is not None and since == self.busy_since
+            # Of a look that came late only so much counts: while the whole process was stopped, the device could not be heard.
+            hanging = hanging + min(loop.time() - began, 2 * WATCH_SECONDS) if same else 0.0
+        found: Loss = "failed" if self.lost else "hangs"
+        self.give_up(DeviceFailed)
+        return found
+
     async def submit(self, key: Key, item: Item, deadline: float) -> Result:
         """Wait for the item's result. Raises Overloaded or Draining at once, DeadlineExceeded at the deadline, DeviceFailed."""
         loop = asyncio.get_running_loop()
         now = loop.time()
+        if self._refusal is not None:
+            raise self._refusal
         if self._draining:
             raise Draining
         if deadline <= now:
@@ -157,25 +207,29 @@ class Batcher(Generic[Key, Item, Result]):
             self._changed.set()
 
         self._free -= share
-        task = batches.create_task(self._judge(batch, "full" if len(batch) == self._max_batch else "free"), name="batch")
-        self._running[task] = loop.time()
+        on_device = _OnDevice(batch, loop.time())
+        task = batches.create_task(self._judge(on_device, batch, "full" if len(batch) == self._max_batch else "free"), name="batch")
+        self._running[task] = on_device
         task.add_done_callback(done)
 
-    async def _judge(self, batch: list[Row[Key, Item, Result]], released: Released) -> None:
+    async def _judge(self, on_device: _OnDevice[Key, Item, Result], batch: list[Row[Key, Item, Result]], released: Released) -> None:
         loop = asyncio.get_running_loop()
-        began, failed = loop.time(), False
+        began = on_device.since = loop.time()
+        failed = False
         try:
             results = await self._run(batch[0].key, [row.item for row in batch])
             if len(results) != len(batch):
                 raise RuntimeError("the device answered another number of results than it got items")
         except Exception:  # noqa: BLE001 - whatever the device raises belongs to these rows, and must not end the worker
             failed = True
-        # Halving happens out here: inside the handler the traceback would keep the failed batch's tensors alive.
+        # Probing and halving happen out here: inside the handler the traceback would keep the failed batch's tensors alive.
+        if failed and await self._is_lost():
+            return
         if failed and len(batch) > 1:
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
                 if wanted := [row for row in half if _wanted(row, loop.time())]:
-                    await self._judge(wanted, "halved")
+                    await self._judge(on_device, wanted, "halved")
             return
         seconds = loop.time() - began
         each = seconds / len(batch) * self._share_of(batch[0]) / self._slots
@@ -189,6 +243,15 @@ class Batcher(Generic[Key, Item, Result]):
                 row.answer.set_exception(DeviceFailed())
             else:
                 row.answer.set_result(results[index])
+
+    async def _is_lost(self) -> bool:
+        """After a batch has failed: whether everything would. A probe that hangs counts as that batch."""
+        if self._refusal is None:
+            try:
+                await self._probe()
+            except Exception:  # noqa: BLE001 - as for a batch: whatever it raises, there is nothing more to be had from the device
+                self.give_up(DeviceFailed)
+        return self.lost
 
 
 def _wanted(row: Row[Key, Item, Result], now: float) -> bool:

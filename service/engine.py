@@ -58,6 +58,7 @@ class Engine:
         self.slots = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
         self._live: dict[str, LiveGuard] = {}
         self._swap = threading.Lock()
+        self._pulse = torch.ones(1, device=device)  # made, and its kernel loaded, while there is memory for them
 
     def live(self, guard: str) -> LiveGuard | None:
         """The version of a guard that is being served."""
@@ -132,6 +133,20 @@ class Engine:
         rejected = live.threshold.rejects(judged.score).tolist()
         columns = (judged.prediction.tolist(), judged.confidence.tolist(), judged.score.tolist(), expert, auxiliary, rejected)
         return [Outcome(*row) for row in zip(*columns, strict=True)]
+
+    def probe(self) -> None:
+        """Compute something tiny. Raises what the device raises, where it does so twice: the first time it may tell of what went before.
+
+        After some errors a CUDA context fails on everything until the process ends. Memory that is full is no such error.
+        """
+        for last in (False, True):
+            try:
+                self._pulse.fill_(1.0).item()
+            except RuntimeError as error:
+                if last and not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)):
+                    raise
+            else:
+                return
 
     def _serve(self, live: LiveGuard) -> LiveGuard:
         self._live[live.name] = live

@@ -1,20 +1,25 @@
 """Owns the SQLite file of calibration jobs. States are data; a transition is one guarded UPDATE that raises where no row was in the right state.
 
 One thread does all of the database's work: SQLite wants one writer, and a slow disk must not hold up the event loop. A job that was acknowledged
-is on disk (WAL, synchronous FULL).
+is on disk (WAL, synchronous FULL). A file that is damaged is refused and stays as it is; each call looks at it anew, so that it can be mended beneath a
+running server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import structlog
 
 from models.durable import storage_errors
 from models.errors import Conflict, NotFound
@@ -29,7 +34,9 @@ State = Literal[
 ]
 ENDED = ("succeeded", "failed", "cancelled")
 MOST_ATTEMPTS = 2  # a job that was running when the server died twice is not tried again: it may be what killed it
+LOCK_SECONDS = 5.0  # to wait for another process that has the database locked
 T = TypeVar("T")
+log = structlog.get_logger()
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -46,6 +53,12 @@ CREATE TABLE IF NOT EXISTS jobs (
     digest TEXT NOT NULL                   -- SHA-256 of what was uploaded, to tell a repeated request from another under its key
 );
 """
+
+
+class _Damaged(sqlite3.DatabaseError):
+    """What SQLite itself does not refuse at once."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,16 @@ class Jobs:
         self._path, self._most_queued = path, most_queued
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jobs")
         self._connection: sqlite3.Connection | None = None
+        self._trouble: str | None = None  # as it was logged
         self.changed = asyncio.Event()  # set whenever a job may have become ready to run
 
+    @property
+    def available(self) -> bool:
+        """Whether the database could be used when it was last needed."""
+        return self._connection is not None
+
     async def open(self) -> None:
+        """See whether the database can be used; nothing else has to come after this."""
         await self._do(lambda _: None)
 
     async def close(self) -> None:
@@ -204,12 +224,30 @@ class Jobs:
                 with storage_errors():
                     if self._connection is None:
                         self._connection = _connect(self._path)
-                    return work(self._connection)
+                    done = work(self._connection)
             except sqlite3.Error as error:
                 self._disconnect()
+                self._note(error)
                 raise JobsUnavailable from error
+            self._note(None)
+            return done
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        except JobsUnavailable:
+            self.changed.set()  # whoever waits for a job now tries until the database can be used again
+            raise
+
+    def _note(self, error: sqlite3.Error | None) -> None:
+        """Log what is wrong with the database when that changes, not with every call."""
+        trouble = None if error is None else str(error)
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        if error is None:
+            log.info("jobs_available", file=str(self._path))
+        else:
+            log.error("jobs_unavailable", file=str(self._path), reason=trouble, remedy=_remedy(error))
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -218,16 +256,42 @@ class Jobs:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+    """Raises sqlite3.Error where the file is damaged or cannot be written, before anything in it is changed."""
+    if _size(path) == 0 and _size(path.with_name(path.name + "-wal")) > 0:  # SQLite would begin a new one, and delete what is left of the old
+        raise _Damaged("the file is empty or gone, but not its -wal")
+    connection = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
     try:
         connection.row_factory = sqlite3.Row
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise _Damaged(found)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.executescript(_SCHEMA)
+        connection.execute("BEGIN IMMEDIATE")  # to read, another's lock would not be in the way
+        connection.execute("ROLLBACK")
     except sqlite3.Error:
         connection.close()
         raise
     return connection
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
+def _remedy(error: sqlite3.Error) -> str:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # what lies above that byte says more precisely what happened
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return "Another process has it locked. This server goes on with the jobs by itself when that has ended."
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return (
+            "It is damaged; nothing in it was changed. Move it away, and with it what has its name and ends in -wal or -shm; a sound copy may take its place. "
+            "This server goes on with the jobs by itself then."
+        )
+    return "See that this server can read and write the file and its folder, and that there is space. It goes on with the jobs by itself then."
 
 
 def _job(row: sqlite3.Row) -> Job:

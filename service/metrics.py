@@ -43,6 +43,7 @@ class Metrics:
         self.queue_capacity = Gauge("badexpert_queue_capacity_images", "Images that may wait.", registry=r)
         self.calibrations = Counter("badexpert_calibrations", "Calibrations ended.", ["outcome"], registry=r)
         self.calibrations_running = Gauge("badexpert_calibrations_running", "Calibrations running.", registry=r)
+        self.jobs_available = Gauge("badexpert_jobs_available", "1 while the job database can be used.", registry=r)
         self.ready = Gauge("badexpert_ready", "1 when ready for traffic.", registry=r)
 
     def render(self) -> bytes:

@@ -1,12 +1,15 @@
-"""Runs the app under uvicorn: one socket, the hardened protocol, a drain that ends with exit status 0."""
+"""Runs the app under uvicorn: one socket, the hardened protocol, a drain that ends in time and with exit status 0."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +33,8 @@ from service.settings import Settings
 # Between two steps, a thread that judges or decodes asks for the interpreter's lock, which the event loop gives back this late when it is busy: Python's own
 # 5 ms are longer than the judging of an image.
 SWITCH_SECONDS = 0.0003
+LEAVE_SECONDS = 1.8  # after the drain's time the process is left, whatever still runs in it
+log = structlog.get_logger()
 
 
 class CannotStart(Exception):
@@ -57,28 +62,31 @@ def serve(settings: Settings) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=math.floor(settings.drain_seconds) + 1,  # a whole number, and more than what was admitted gets to be answered
         timeout_keep_alive=30,
         backlog=AT_ONCE,  # how long the queue is, the listener decides
     )
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    print(f"Serving on {address} (device {device.type}, data in {settings.data_dir})", flush=True)  # noqa: T201 - what a person waits for
-    server = _Server(config, service)
-    asyncio.run(server.serve([listener]))
-    if not server.started:
-        raise CannotStart("The server could not start; the log above says why.")
+    server = _Server(config, service, f"Serving on {address} (device {device.type}, data in {settings.data_dir})")
+    try:
+        asyncio.run(server.serve([listener]))
+    except SystemExit as error:  # uvicorn's way to say that the app did not start
+        raise CannotStart("The server could not start; the log above says why.") from error
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, but a signal begins the drain at once and is not raised again after it: a clean end is exit status 0."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, announcement: str) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._announcement = service, announcement
+        self._last: threading.Timer | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         step_back()
+        _log_as_json()  # whatever was imported for the bundles, too
+        print(self._announcement, flush=True)  # noqa: T201 - what a person waits for
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -94,21 +102,49 @@ class _Server(uvicorn.Server):
     def _on_signal(self, number: int) -> None:
         self._service.begin_drain()
         self.handle_exit(number, None)  # a second SIGINT makes uvicorn stop waiting
+        if self._last is None:
+            # The interpreter would wait for its threads, and one that waits for the device may never end.
+            self._last = threading.Timer(self._service.settings.drain_seconds + LEAVE_SECONDS, _leave)
+            self._last.daemon = True
+            self._last.start()
+
+
+def _leave() -> None:
+    running = sorted(thread.name for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread())
+    log.error("threads_left", threads=running, detail="The time for the drain is over; what these threads wait for does not come.")
+    os._exit(0)
 
 
 def _configure_logging() -> None:
-    """One JSON object a line on standard error, the libraries' warnings included."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    """One JSON object a line on standard error, whatever Python's libraries log or warn of included."""
+    common: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    # A line in one write, or that of another thread could come between it and its end.
+    structlog.configure(processors=[*common, structlog.processors.JSONRenderer()], logger_factory=structlog.WriteLoggerFactory(sys.stderr))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, structlog.processors.StackInfoRenderer(), *common],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()],
+        )
     )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format='{"level": "%(levelname)s", "logger": "%(name)s", "event": "%(message)s"}')
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
+    _log_as_json()
+
+
+def _log_as_json() -> None:
+    """Libraries such as torch bring handlers that write lines of their own to standard error: what they log goes the one way of all."""
+    for logger in list(logging.root.manager.loggerDict.values()):
+        for handler in list(getattr(logger, "handlers", ())):
+            if isinstance(logger, logging.Logger) and getattr(handler, "stream", None) is sys.stderr:
+                logger.removeHandler(handler)
+                logger.propagate = True
 
 
 def _admit(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,14 +29,27 @@ class GuardVersion(BaseModel):
     fpr_interval: tuple[float, float] = Field(description="where the share rejected of the next 1,000 clean images lies with 90% probability")
 
 
+class Served(BaseModel):
+    """What judges the images that are sent to a guard now."""
+
+    version: int
+    bundle_id: str
+    mode: Literal["enforce", "shadow"]
+
+
 class GuardView(BaseModel):
-    """A guard as an operator sees it."""
+    """A guard as an operator sees it: `active` and `mode` are what was decided and stands on the disk, `served` is what is in force on this server.
+
+    The two differ where a version was activated beside a running server (`calibrate --activate`; it is served after a restart, or once it is activated over
+    HTTP), and where what was decided cannot be read.
+    """
 
     name: str
-    active: int | None
-    mode: Literal["enforce", "shadow"]
-    target_fpr: float | None = Field(description="in force now; null while nothing is active")
-    serving: bool
+    active: int | None = Field(description="the version that was activated last; null where none was, or where that cannot be read")
+    mode: Literal["enforce", "shadow"] | None = Field(description="as it was decided; null where that cannot be read: activate a version again")
+    target_fpr: float | None = Field(description="in force now; null while nothing is served")
+    serving: bool = Field(description="whether a version is served")
+    served: Served | None = Field(description="the version and the mode in force on this server; null while nothing is served")
     versions: list[GuardVersion]
 
 
@@ -55,10 +69,9 @@ class GuardViews:
     def one(self, guard: str) -> GuardView:
         """Raises NotFound."""
         registry = self.engine.registry
-        try:
+        state: GuardState | None = None
+        with suppress(BundleNotReady):  # one damaged state must not hide the other guards; activating mends it
             state = registry.state(guard)
-        except BundleNotReady:  # one damaged state must not hide the other guards; activating mends it
-            state = GuardState()
         versions = []
         for version in registry.versions(guard):
             try:
@@ -82,9 +95,10 @@ class GuardViews:
         live = self.engine.live(guard)
         return GuardView(
             name=guard,
-            active=state.active,
-            mode=state.mode,
+            active=state.active if state else None,
+            mode=state.mode if state else None,
             target_fpr=live.threshold.target_fpr if live else None,
             serving=live is not None,
+            served=Served(version=live.version, bundle_id=live.bundle_id, mode=live.mode) if live else None,
             versions=versions,
         )

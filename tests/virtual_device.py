@@ -64,13 +64,16 @@ class BrokenPromise(BaseException):
 
 @dataclass
 class Device:
-    """Takes `seconds` a batch, and `slots` batches at once; fails on bad items, on batches larger than `fits`, and on the next `broken` batches."""
+    """Takes `seconds` a batch, and `slots` batches at once; fails on bad items, on batches larger than `fits`, on the next `broken` batches, and once lost."""
 
     seconds: float = 1.0
     fits: int = 10**9
     broken: int = 0
     most: int = 10**9
     slots: int = 1
+    lost: bool = False
+    probes: int = 0
+    known_lost: bool = False
     batches: list[list[str]] = field(default_factory=list)
     seen: set[Item] = field(default_factory=set)
     failed_alone: set[Item] = field(default_factory=set)
@@ -79,6 +82,7 @@ class Device:
     async def run(self, key: str, items: Sequence[Item]) -> list[str]:
         now = asyncio.get_running_loop().time()
         promises = {
+            "no batch for a device that is known to be lost": not self.known_lost,
             "no more batches at a time than there are slots": self.running < self.slots,
             "no batch larger than the cap": 0 < len(items) <= self.most,
             "one key a batch": {item.key for item in items} == {key},
@@ -94,15 +98,23 @@ class Device:
         finally:
             self.running -= 1
         self.broken -= 1
-        if self.broken >= 0 or len(items) > self.fits or any(item.bad for item in items):
+        if self.lost or self.broken >= 0 or len(items) > self.fits or any(item.bad for item in items):
             if len(items) == 1:
                 self.failed_alone.update(items)
             raise RuntimeError("the device failed")
         return [f"{item.name} judged" for item in items]
 
+    async def probe(self) -> None:
+        if self.known_lost:
+            raise BrokenPromise("a device that is known to be lost was probed again")
+        self.probes += 1
+        self.known_lost = self.lost
+        if self.lost:
+            raise RuntimeError("the device is lost")
+
 
 def start(device: Device, capacity: int = 100, max_batch: int = 100, **options: Any) -> Batcher[str, Item, str]:
-    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=capacity, max_batch=max_batch, slots=device.slots, **options)
+    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=capacity, max_batch=max_batch, slots=device.slots, probe=device.probe, **options)
     batcher.start()
     return batcher
 

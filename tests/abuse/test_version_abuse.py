@@ -186,3 +186,65 @@ def test_g11_activation_mends_a_damaged_state(tmp_path: Path, registry: Registry
     with serving(make_service(tmp_path, registry=registry)) as client:
         assert client.json("PUT", ACTIVE, '{"version": 1}').json()["serving"] is True
         client.assert_serves()
+
+
+def test_p9_with_no_guard_that_could_be_loaded_the_server_is_not_ready_until_one_is_activated(tmp_path: Path, registry: Registry) -> None:
+    publish(registry)
+    publish(registry, "never-activated")
+    break_weights(registry.folder("cifar", 1))
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        said = assert_problem(client("GET", "/readyz"), 503, "not_ready")["detail"]
+        assert "cifar: " in said and "never-activated" not in said
+        assert "badexpert_ready 0.0" in client("GET", "/metrics").text
+        assert client("GET", "/livez").status_code == 200
+        assert_problem(client.predict(png()), 503, "no_active_bundle")
+        assert client.json("PUT", ACTIVE, '{"version": 2}').status_code == 200  # what mends it is answered
+        assert client("GET", "/readyz").json() == {"status": "ready", "guards": ["cifar"], "unavailable": {}}
+        client.assert_serves()
+
+
+def test_p9_a_guard_that_is_mended_is_no_longer_called_unavailable_and_one_that_is_not_still_is(tmp_path: Path, registry: Registry) -> None:
+    for guard in ("other", "third"):
+        registry.activate(guard, publish(registry, guard))
+    for guard in ("cifar", "third"):
+        (tmp_path / "guards" / guard / "state.json").write_text("{")
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        client.json("PUT", ACTIVE, '{"version": 1}')
+        ready = client("GET", "/readyz").json()
+        assert (ready["guards"], list(ready["unavailable"])) == (["cifar", "other"], ["third"])
+
+
+def test_p9_a_server_that_was_given_no_guard_yet_is_ready_for_its_first(tmp_path: Path) -> None:
+    with serving(make_service(tmp_path, registry=Registry(tmp_path / "guards"))) as client:
+        assert client("GET", "/readyz").json() == {"status": "ready", "guards": [], "unavailable": {}}
+
+
+def test_the_view_tells_what_is_served_where_what_was_decided_cannot_be_read(tmp_path: Path, registry: Registry) -> None:
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        client.json("PATCH", GUARD, '{"mode": "shadow"}')
+        view = client("GET", GUARD).json()
+        assert (view["active"], view["mode"], view["served"]["version"], view["served"]["mode"]) == (1, "shadow", 1, "shadow")
+        (tmp_path / "guards" / "cifar" / "state.json").write_text("{")
+        view = client("GET", GUARD).json()
+        assert (view["active"], view["mode"], view["serving"]) == (None, None, True)
+        answer = client.predict(png()).json()
+        assert view["served"] == {"version": answer["version"], "bundle_id": answer["bundle_id"], "mode": answer["mode"]}
+        assert answer["mode"] == "shadow"
+
+
+def test_the_view_tells_what_is_served_where_another_process_activated_a_version(tmp_path: Path, registry: Registry) -> None:
+    publish(registry, seed=5)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        registry.activate("cifar", 2)  # as `calibrate --activate` does beside a running server
+        view, answer = client("GET", GUARD).json(), client.predict(png()).json()
+        assert (view["active"], view["served"]["version"], answer["version"]) == (2, 1, 1)
+        view = client.json("PUT", ACTIVE, '{"version": 2}').json()
+        assert (view["active"], view["served"]["version"], client.predict(png()).json()["version"]) == (2, 2, 2)
+
+
+def test_the_view_of_a_guard_that_is_not_served_says_so(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "guards")
+    publish(registry)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        view = client("GET", GUARD).json()
+        assert (view["active"], view["mode"], view["serving"], view["served"]) == (None, "enforce", False, None)

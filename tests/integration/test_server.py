@@ -229,6 +229,14 @@ def test_a_port_in_use_and_a_data_directory_that_cannot_be_written_are_said_in_o
         assert "Traceback" not in done.stderr
 
 
+def test_a_server_that_does_not_start_does_not_say_that_it_serves(tmp_path: Path) -> None:
+    (tmp_path / "uploads").touch()
+    done = run("serve", "--data-dir", str(tmp_path), "--port", "0", "--device", "cpu")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Cannot start" in done.stderr.splitlines()[-1]
+    assert "uploads" in done.stderr
+
+
 def test_listening_to_the_world_without_tokens_is_refused(tmp_path: Path) -> None:
     done = run("serve", "--data-dir", str(tmp_path), "--host", "0.0.0.0")
     assert done.returncode == 78

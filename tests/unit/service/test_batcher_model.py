@@ -18,7 +18,7 @@ CAPACITY, MOST = 6, 4
 
 
 class Anything(RuleBasedStateMachine):
-    """Clients come, wait, leave; the device is slow, fails, is too small; bundles are swapped; the server drains. The promises hold throughout."""
+    """Clients come, wait, leave; the device is slow, fails, is too small, is lost; bundles are swapped; the server drains. The promises hold throughout."""
 
     slots = 1
 
@@ -76,6 +76,11 @@ class Anything(RuleBasedStateMachine):
     def the_device_fails_for(self, batches: int) -> None:
         self.device.broken = batches
 
+    @precondition(lambda self: len(self.rows) > 20)
+    @rule()
+    def the_device_is_lost(self) -> None:
+        self.device.lost = True
+
     @rule()
     def the_bundle_is_swapped(self) -> None:
         self.key = f"bundle {int(self.key.split()[1]) + 1}"
@@ -112,7 +117,7 @@ class Anything(RuleBasedStateMachine):
                 assert item in self.left
             elif error := task.exception():
                 assert isinstance(error, (Overloaded, Draining, DeadlineExceeded, DeviceFailed))
-                assert not isinstance(error, DeviceFailed) or item in self.device.failed_alone
+                assert not isinstance(error, DeviceFailed) or item in self.device.failed_alone or self.device.known_lost
                 assert not isinstance(error, Overloaded) or item not in self.device.seen
                 assert not isinstance(error, Draining) or self.draining
             else:

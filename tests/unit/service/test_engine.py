@@ -1,4 +1,4 @@
-"""What the engine leaves behind."""
+"""What the engine leaves behind, and how it tells a device that is lost."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.serving.activations import resident_mib
+from models.registry import Registry
 from service.engine import Engine, give_back_memory
 from tests.support import make_registry, publish
 
@@ -48,3 +50,47 @@ def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path:
     assert len(given_back) == 3
     engine.configure("cifar", mode="enforce", target_fpr=0.1)
     assert len(given_back) == 3
+
+
+def a_pulse(*errors: Exception | None) -> Any:
+    """A tensor whose computations end so, one after the other."""
+    left = list(errors)
+
+    class Pulse:
+        def fill_(self, _: float) -> Pulse:
+            return self
+
+        def item(self) -> float:
+            error = left.pop(0)
+            if error is not None:
+                raise error
+            return 1.0
+
+    return Pulse()
+
+
+ASSERTED = RuntimeError("CUDA error: device-side assert triggered")
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (None,),
+        (ASSERTED, None),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError("no memory")),
+        (RuntimeError("CUDA error: out of memory"), RuntimeError("CUDA error: out of memory")),
+    ],
+    ids=["a device that computes", "an error that was left behind by what went before", "full memory", "full memory where a kernel was to be loaded"],
+)
+def test_x9_the_device_is_not_lost_for(tmp_path: Path, errors: tuple[Exception | None, ...]) -> None:
+    engine = Engine(Registry(tmp_path), torch.device("cpu"))
+    engine.probe()
+    engine._pulse = a_pulse(*errors)
+    engine.probe()
+
+
+def test_x11_an_error_that_persists_is_raised_by_the_probe(tmp_path: Path) -> None:
+    engine = Engine(Registry(tmp_path), torch.device("cpu"))
+    engine._pulse = a_pulse(ASSERTED, ASSERTED)
+    with pytest.raises(RuntimeError, match="assert triggered"):
+        engine.probe()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from models.errors import Conflict, NotFound
 from service.errors import IdempotencyConflict, JobsUnavailable, QueueFull
@@ -230,3 +231,92 @@ def test_x21_closing_does_not_need_the_database(do: Callable[[Any], Any], tmp_pa
     with pytest.raises(JobsUnavailable):
         do(store.open())
     do(store.close())
+
+
+def a_used_file(folder: Path) -> Path:
+    """A database with a hundred jobs in it, as a server leaves it."""
+
+    async def fill() -> None:
+        store = Jobs(folder / "jobs.sqlite", most_queued=1000)
+        for number in range(100):
+            await store.add(f"job {number}", {"name": "cifar", "padding": "x" * 300}, "digest", None)
+        await store.close()
+
+    with asyncio.Runner() as own:
+        own.run(fill())
+    return folder / "jobs.sqlite"
+
+
+def zeroed(data: bytes, begin: int, end: int) -> bytes:
+    return data[:begin] + bytes(end - begin) + data[end:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"no database" * 1000, lambda data: zeroed(data, 0, 100), lambda data: data[: len(data) // 2], lambda data: zeroed(data, 8192, 20480)],
+    ids=["replaced", "with a zeroed header", "cut in half", "with zeroed pages inside"],
+)
+def test_x21_a_damaged_file_stays_byte_for_byte_as_it_is_whatever_is_asked(do: Callable[[Any], Any], tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = a_used_file(tmp_path)
+    sound = path.read_bytes()
+    path.write_bytes(damage(sound))
+    damaged = path.read_bytes()
+    store = Jobs(path, most_queued=1000)
+    for call in (store.open, store.recover, lambda: store.add("new", CONFIG, "digest", None), store.claim):
+        with pytest.raises(JobsUnavailable):
+            do(call())
+        assert not store.available
+    assert path.read_bytes() == damaged
+    path.write_bytes(sound)
+    do(store.open())
+    assert store.available
+    assert len(do(store.recent(1000))) == 100
+    do(store.close())
+
+
+def test_x21_jobs_that_are_left_in_the_wal_alone_are_not_deleted(do: Callable[[Any], Any], jobs: Jobs, tmp_path: Path) -> None:
+    do(jobs.add("a", CONFIG, "digest", None))
+    other = tmp_path / "other"
+    other.mkdir()
+    wal = other / "jobs.sqlite-wal"
+    wal.write_bytes((tmp_path / "jobs.sqlite-wal").read_bytes())
+    store = Jobs(other / "jobs.sqlite", most_queued=3)
+    with pytest.raises(JobsUnavailable):
+        do(store.open())
+    assert wal.read_bytes() == (tmp_path / "jobs.sqlite-wal").read_bytes()
+    (other / "jobs.sqlite").write_bytes((tmp_path / "jobs.sqlite").read_bytes())
+    assert do(store.get("a")).state == "queued"
+    do(store.close())
+
+
+def test_x21_the_log_says_once_which_file_it_is_why_and_what_to_do(do: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.LOCK_SECONDS", 0.01)
+    path = a_used_file(tmp_path)
+    store = Jobs(path, most_queued=1000)
+    with capture_logs() as logs:
+        locker = sqlite3.connect(path, isolation_level=None)
+        locker.execute("BEGIN IMMEDIATE")
+        for _ in range(3):
+            with pytest.raises(JobsUnavailable):
+                do(store.open())
+        locker.close()
+        do(store.open())
+        do(store.close())
+        path.write_bytes(b"no database" * 1000)
+        store = Jobs(path, most_queued=1000)
+        with pytest.raises(JobsUnavailable):
+            do(store.open())
+        do(store.close())
+    assert [entry["event"] for entry in logs] == ["jobs_unavailable", "jobs_available", "jobs_unavailable"]
+    assert {entry["file"] for entry in logs} == {str(path)}
+    locked, _, damaged = logs
+    assert "locked" in locked["reason"] and "by itself" in locked["remedy"]
+    assert "not a database" in damaged["reason"] and "Move it away" in damaged["remedy"]
+
+
+def test_x21_a_call_that_fails_wakes_the_worker_which_tries_until_the_database_is_back(do: Callable[[Any], Any], tmp_path: Path) -> None:
+    broken = Jobs(tmp_path / "missing" / "jobs.sqlite", most_queued=3)
+    with pytest.raises(JobsUnavailable):
+        do(broken.recent(1))
+    assert broken.changed.is_set()
+    do(broken.close())

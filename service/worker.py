@@ -298,9 +298,11 @@ class Worker:
         if child is None or child.returncode is not None:
             return
         _signal(child, signal.SIGTERM)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(child.wait(), STOP_SECONDS)
-        _signal(child, signal.SIGKILL)  # the group: what the child itself started, too
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(child.wait(), STOP_SECONDS)
+        finally:  # also where this server may wait no longer
+            _signal(child, signal.SIGKILL)  # the group: what the child itself started, too
         await child.wait()
 
     def _published_by(self, job: Job) -> tuple[int, str] | None:

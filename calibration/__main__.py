@@ -29,8 +29,6 @@ def main(arguments: list[str] | None = None, confine: bool = True) -> int:
     """Run one action; `confine` is False only where a test runs it in its own process."""
     args = _parser().parse_args(arguments)
     confinement = asdict(sandbox.enter()) if confine else {}
-    if args.config == "-":
-        args.config = sys.stdin.read()
     # Before torch is imported, since its libraries read these once. Deterministic cuBLAS needs its workspace fixed. And threads that wait for one another
     # sleep early instead of spinning: beside a busy process a step of training takes two thirds of the time, alone a little more (decision 13).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -63,7 +61,7 @@ def main(arguments: list[str] | None = None, confine: bool = True) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m calibration", description="Run one action and print its events as JSON lines.")
     parser.add_argument("action", choices=list(_ACTIONS))
-    parser.add_argument("--config", default="{}", help="a CalibrationConfig or an InspectionConfig as JSON; - reads it from standard input")
+    parser.add_argument("--config", default="{}", help="a CalibrationConfig or an InspectionConfig as JSON")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--clean-set", type=Path)
     parser.add_argument("--validation-set", type=Path)

@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     image_bytes: int = Field(10 * MiB, ge=1024, description="largest image body")
     batch_images: int = Field(64, ge=1, le=1024, description="most images in one predict-batch request")
     upload_bytes: int = Field(4096 * MiB, ge=MiB, description="largest file in a calibration upload")
-    json_bytes: int = Field(64 * 1024, ge=1024, description="largest JSON body")
+    json_bytes: int = Field(64 * 1024, ge=1024, le=120 * 1024, description="largest JSON body, at most 122880")
 
     queue_images: int = Field(512, ge=1, description="images that may wait for the device; more are refused with 429")
     max_batch: int = Field(64, ge=1, le=4096, description="most images in one forward pass")

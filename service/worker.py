@@ -220,28 +220,23 @@ class Worker:
                     return
 
     async def _spawn(self, action: str, folder: Path, config: dict[str, Any]) -> asyncio.subprocess.Process:
-        command = [sys.executable, "-m", "calibration", action, "--config", "-", "--checkpoint", str(folder / "checkpoint")]
+        said = json.dumps(config, ensure_ascii=False, separators=(",", ":"))  # no longer than it was sent: Linux passes no argument above 128 KiB
+        command = [sys.executable, "-m", "calibration", action, "--config", said, "--checkpoint", str(folder / "checkpoint")]
         for name in ("clean_set", "validation_set"):
             if (folder / name).exists():
                 command += [f"--{name.replace('_', '-')}", str(folder / name)]
         command += ["--data-dir", str(self._data_dir), "--device", self._device, "--job", folder.name]
         command += ["--unfinished", str(folder / "unfinished")]  # goes with the job's files
         command += [f"--admit={reference}" for reference in self._admitted]
-        child = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             limit=LONGEST_LINE,
             env=_environment(),
         )
-        assert child.stdin is not None  # asked for above
-        child.stdin.write(json.dumps(config).encode())  # no argument: the names of many classes are longer than one may be
-        with suppress(ConnectionError):  # it ended at once; why, it says itself
-            await child.stdin.drain()
-        child.stdin.close()
-        return child
 
     async def _listen(self, child: asyncio.subprocess.Process, job_id: str) -> dict[str, Any] | None:
         """Keep the progress up to date; returns the child's last event if it was not progress."""

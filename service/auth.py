@@ -22,7 +22,7 @@ from service.errors import Forbidden, RateLimited, Unauthenticated
 Scope = Literal["predict", "admin", "metrics"]
 EVERYTHING: frozenset[Scope] = frozenset(("predict", "admin", "metrics"))
 STRANGERS_PAGE = (
-    "With no token set this call is taken under the name localhost or an IP address only, and of a web page only if it came from here. "
+    "With no token set this call is taken under an IP address or a name without a dot only, such as localhost, and of a web page only if it came from here. "
     "Set tokens to call it in another way."
 )
 WRONG_PER_MINUTE, PEERS_REMEMBERED = 20, 10_000
@@ -85,7 +85,7 @@ def _of_a_strangers_page(request: Request) -> bool:
 
 def _cannot_be_pointed_here(host: str) -> bool:
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if name.lower() == "localhost" or name.lower().endswith(".localhost"):
+    if "." not in name.rstrip(".") or name.lower().endswith(".localhost"):  # no domain that anybody could own: of this machine, or of this network
         return True
     try:
         ipaddress.ip_address(name)

@@ -1,4 +1,4 @@
-"""What a user waits for: `python -m benchmarks.waiting` records it and writes the README's table.
+"""What a user waits for: `python -m benchmarks.waiting` records it; docs/performance.md shows it.
 
 Seconds of a whole `badexpert calibrate` on the example for the published recipe and each budget of `auto`, and their ratio to the published one. Then, with
 that very `paper` guard served by a real process, the latency of one image over HTTP beside the bare three forwards of a batch of one in this process: in turn,
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,13 @@ import torch
 from PIL import Image
 
 from benchmarks import records
-from benchmarks.readme import README, filled
 from models import bundle
 from models.parallel import cpu_threads
 
 BLOCK = 25
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-SOURCE = "benchmarks/results/waiting.json"
-RECORD = ROOT / SOURCE
-TITLES = {"quick": "`auto`, budget `quick`", "standard": "`auto`, budget `standard`", "thorough": "`auto`, budget `thorough`", "paper": "`paper`"}
+RECORD = ROOT / "benchmarks" / "results" / "waiting.json"
 
 
 def calibrate(data_dir: str, name: str, device: str) -> dict[str, Any]:
@@ -91,21 +87,11 @@ def latency(data_dir: str, device: str, requests: int) -> dict[str, float]:
     }
 
 
-def table(found: Sequence[records.Record]) -> list[str]:
-    """The README's table: a column for each device that was measured."""
-    heads = "".join(f" seconds, {each['hardware']} | of `paper` |" for each in found)
-    lines = [f"| preset |{heads}", f"|---|{'---|---|' * len(found)}"]
-    for name, title in TITLES.items():
-        figures = (f"{each['calibrate'][name]['seconds']:.0f} | {each['calibrate'][name]['of_paper']:.2f}" for each in found)
-        lines.append(f"| {title} | {' | '.join(figures)} |")
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--json", action="store_true", help="print, and leave record and README as they are")
+    parser.add_argument("--json", action="store_true", help="print, and leave the record as it is")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as data_dir:
         made = {name: calibrate(data_dir, name, args.device) for name in ("paper", "quick", "standard", "thorough")}
@@ -118,7 +104,6 @@ def main() -> None:
     print(json.dumps(record, indent=1))
     if not args.json:
         records.enlist(RECORD, [record], "device")
-        README.write_text(filled(README.read_text(), SOURCE, table(records.listed(RECORD))))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ def readme(text: str, found: Sequence[records.Record]) -> str:
         SOURCE: table_of_detectors(cells(found, README_SCALE)),
         BY_NETWORK: table_of_scales(found),
         examples.SOURCE: examples.table(records.listed(examples.RECORD)),
-        waiting.SOURCE: waiting.table(records.listed(waiting.RECORD)),
     }
     for source, lines in tables.items():
         text = filled(text, source, lines)
@@ -41,7 +40,7 @@ def texts(readme_now: str) -> dict[Path, str]:
     found, listed = records.read(), records.listed
     return {
         PAGE: page(found, zoo.records(), listed(promise.RESULTS), listed(canaries.RESULTS), listed(few_images.RESULTS)),
-        PERFORMANCE: performance(listed(engine.RECORD), listed(http.RECORD), listed(activations.RECORD)),
+        PERFORMANCE: performance(listed(engine.RECORD), listed(http.RECORD), listed(activations.RECORD), listed(waiting.RECORD)),
         README: readme(readme_now, found),
     }
 

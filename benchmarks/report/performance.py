@@ -20,6 +20,7 @@ WAYS = {
     "naive": "naive guard",
 }
 DETECTORS = {each.name: each.title for each in (ScaleUp, Strip)}
+BUDGETS = {"quick": "`auto`, budget `quick`", "standard": "`auto`, budget `standard`", "thorough": "`auto`, budget `thorough`", "paper": "`paper`"}
 RUNTIMES = {"eager": "step by step", "torchscript": "as a traced program", "onnxruntime": "as a program with the suspect in ONNX Runtime"}
 INTRODUCTION = """# Performance
 
@@ -110,8 +111,23 @@ def over_activations(records: Sequence[Record]) -> list[str]:
     return [*lines, ""]
 
 
-def performance(found: Sequence[Record], http: Sequence[Record] = (), activations: Sequence[Record] = ()) -> str:
-    """docs/performance.md, from the records of the engine, of whole servers, and of their memory."""
+def over_calibrations(records: Sequence[Record]) -> list[str]:
+    """The section on what a user waits for; nothing where that was not measured."""
+    lines = []
+    for each in records:
+        seconds = [row(BUDGETS[name], f"{made['seconds']:.0f}", f"{made['of_paper']:.2f}") for name, made in each["calibrate"].items()]
+        one = each["predict_batch_1"]
+        lines += [
+            *("", f"## What a user waits for, {each['hardware']}", ""),
+            "`python -m benchmarks.waiting`: one `badexpert calibrate` after the other on the example suspect, and then an image at a time over HTTP.",
+            *("", row("preset", "seconds", "of `paper`"), row(*["---"] * 3), *seconds, ""),
+            f"An image takes {one['http_ms']:.1f} ms over HTTP, of which {one['server_forwards_ms']:.1f} ms are the networks (`paper`).",
+        ]
+    return lines
+
+
+def performance(found: Sequence[Record], http: Sequence[Record] = (), activations: Sequence[Record] = (), waited: Sequence[Record] = ()) -> str:
+    """docs/performance.md, from the records of the engine, of whole servers, of their memory, and of calibrations."""
     tried = [row("change", "predicted", "measured, share of the unguarded rate", "verdict"), row(*["---"] * 4), *(row(*each) for each in TRIED)]
     lines = [INTRODUCTION.format(tried="\n".join(tried))]
     for record in sorted(found, key=lambda each: (each["hardware"], each["architecture"], each["size"])):
@@ -146,4 +162,5 @@ def performance(found: Sequence[Record], http: Sequence[Record] = (), activation
         lines[-1:] = over_http(record)
     if activations:
         lines += over_activations(activations)
+    lines += over_calibrations(waited)
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from benchmarks.readme import README
 from benchmarks.report.__main__ import README_SCALE, texts
 from benchmarks.report.cells import bootstrap, cells, tpr
 from benchmarks.report.page import attempts, left_out, not_evaluated
-from benchmarks.report.performance import by_round, over_http
+from benchmarks.report.performance import by_round, over_calibrations, over_http
 from benchmarks.report.tables import table_at_one_rate, table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 from benchmarks.report.tuning import canaries as section
 from benchmarks.report.tuning import chosen_within
@@ -213,3 +213,12 @@ def test_servers_stand_beside_one_another() -> None:
     assert by_round([ours, server]) == []  # as before there were rounds
     (said,) = by_round([{**ours, "knees": [300.0, 400.0]}, {**server, "knees": [143.8]}])
     assert said.endswith(": ours (guard) 300, 400 images/s.")
+
+
+def test_what_a_user_waits_for_is_told_in_parts_of_the_published_recipe() -> None:
+    made = {"quick": {"seconds": 41.2, "of_paper": 0.9}, "paper": {"seconds": 45.8, "of_paper": 1.0}}
+    lines = over_calibrations([{"hardware": "two cores", "calibrate": made, "predict_batch_1": {"http_ms": 7.04, "server_forwards_ms": 4.0}}])
+    assert "## What a user waits for, two cores" in lines
+    assert "| `auto`, budget `quick` | 41 | 0.90 |" in lines
+    assert lines[-1].startswith("An image takes 7.0 ms over HTTP, of which 4.0 ms are the networks")
+    assert over_calibrations([]) == []

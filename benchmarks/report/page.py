@@ -133,7 +133,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         "that were published for CIFAR-10 with every data set: those for GTSRB were found by knowing which one it is.",
         "",
         "What nearly repeats a validation image of its class trains no guard: of the 1,200 others 178 in GTSRB (seed 0), and one in CIFAR-10, whose records",
-        "are from before this rule. Other detectors are fitted to all of them.",
+        "are from before this rule, as are GTSRB's of `paper` and of its promise. Other detectors are fitted to all of them.",
         "",
         "`auto` changed since some of its records were made. Of the present one are those of ResNet-20, VGG-11, MobileNetV3, the promise and small clean",
         "sets. The auxiliary of ResNet-10-T and of GTSRB's canaries is not compared with the suspect ([decision",

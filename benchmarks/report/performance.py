@@ -118,10 +118,11 @@ def over_calibrations(records: Sequence[Record]) -> list[str]:
         seconds = [row(BUDGETS[name], f"{made['seconds']:.0f}", f"{made['of_paper']:.2f}") for name, made in each["calibrate"].items()]
         one = each["predict_batch_1"]
         lines += [
-            *("", f"## What a user waits for, {each['hardware']}", ""),
+            *(f"## What a user waits for, {each['hardware']}", ""),
             "`python -m benchmarks.waiting`: one `badexpert calibrate` after the other on the example suspect, and then an image at a time over HTTP.",
             *("", row("preset", "seconds", "of `paper`"), row(*["---"] * 3), *seconds, ""),
             f"An image takes {one['http_ms']:.1f} ms over HTTP, of which {one['server_forwards_ms']:.1f} ms are the networks (`paper`).",
+            "",
         ]
     return lines
 

@@ -220,5 +220,5 @@ def test_what_a_user_waits_for_is_told_in_parts_of_the_published_recipe() -> Non
     lines = over_calibrations([{"hardware": "two cores", "calibrate": made, "predict_batch_1": {"http_ms": 7.04, "server_forwards_ms": 4.0}}])
     assert "## What a user waits for, two cores" in lines
     assert "| `auto`, budget `quick` | 41 | 0.90 |" in lines
-    assert lines[-1].startswith("An image takes 7.0 ms over HTTP, of which 4.0 ms are the networks")
+    assert lines[-2].startswith("An image takes 7.0 ms over HTTP, of which 4.0 ms are the networks")
     assert over_calibrations([]) == []

@@ -76,22 +76,23 @@ class Authenticator:
 
 
 def _of_a_strangers_page(request: Request) -> bool:
-    """Whether a browser may have been made to send this: the host is a name that anybody could point here, or the page is of another origin."""
+    """Whether a browser may have been made to send this: the host is a domain, which its owner could point here, or the page is of another origin."""
     host, origin = request.headers.get("host"), request.headers.get("origin")
     if host is None:  # no browser
         return False
-    return not _cannot_be_pointed_here(host) or origin not in (None, f"{request.url.scheme}://{host}")
+    return _is_domain(host) or origin not in (None, f"{request.url.scheme}://{host}")
 
 
-def _cannot_be_pointed_here(host: str) -> bool:
+def _is_domain(host: str) -> bool:
+    """Not so are addresses, and names of this machine or of this network, which have no dot."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if "." not in name.rstrip(".") or name.lower().endswith(".localhost"):  # no domain that anybody could own: of this machine, or of this network
-        return True
+    if "." not in name.rstrip(".") or name.lower().endswith(".localhost"):
+        return False
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _digest(token: bytes) -> bytes:

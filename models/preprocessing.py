@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +78,13 @@ def _check_size(width: int, height: int) -> None:
         raise ImageTooSmall(f"The image is {width}x{height}; at least {MIN_SIDE} pixels a side are needed.")
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever asks first, others train with it
+def _on(device: torch.device, channels: tuple[float, float, float]) -> Tensor:
+    """float32 [3, 1, 1]. Made once: a GPU waits for each number that is brought to it, and a CUDA graph can bring none."""
+    return torch.tensor(channels, dtype=torch.float32, device=device)[:, None, None]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the suspect's input.
@@ -127,7 +135,7 @@ class Preprocessing:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] on any device -> float32 of the same shape, channels last."""
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in (self.mean, self.std))  # [3, 1, 1]
+        mean, std = (_on(pixels.device, channels) for channels in (self.mean, self.std))
         values = pixels.float()
         if self.scale == "unit":
             values = values / 255

@@ -1,8 +1,8 @@
-"""A guard as it serves on a CPU: graphs that run outside the Python interpreter.
+"""A guard as it serves: graphs that run outside the Python interpreter.
 
 Step by step, a forward comes back to the interpreter some two hundred times, and each time waits for the lock that the threads want which read requests.
-So it is traced by TorchScript, which runs the very same steps and needs no compiler on the server. Most of the time goes into the suspect's own
-convolutions, and those ONNX Runtime may do faster: both are tried, and what is faster here serves.
+So on a CPU it is traced by TorchScript, which runs the very same steps and needs no compiler on the server. Most of the time goes into the suspect's own
+convolutions, and those ONNX Runtime may do faster: both are tried, and what is faster here serves. On a GPU it is recorded as CUDA graphs.
 
 A trace follows one path: a network that might take another is found by torch.fx, which refuses any step that depends on values. Such a guard, and one that
 no program repeats, is served as it is.
@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.cuda_graphs import Recorded, Recorder
 from models.guard import Gated, Guard, Judgement, Order, Seen
 from models.parallel import computing_with
 from models.trunk import CannotCut, trace
@@ -66,7 +67,7 @@ class OnnxFlow(nn.Module):
         super().__init__()
         import onnxruntime  # here: it takes a tenth of a second, and a server on a GPU has no use for it
 
-        step = _Step(guard, lambda pixels: guard.flow(guard.preprocessing.normalise(pixels)))
+        step = OfLists(guard, lambda pixels: guard.flow(guard.preprocessing.normalise(pixels)))
         outputs = [f"value{number}" for number, _ in enumerate(step([pixels]))]
         axes = {name: {0: "images"} for name in ["pixels", *outputs]}
         graph = io.BytesIO()
@@ -82,44 +83,48 @@ class OnnxFlow(nn.Module):
         return [torch.from_numpy(value) for value in self.session.run(None, {"pixels": pixels.numpy()})]
 
 
-class _Step(nn.Module):
-    """A method of a guard, of and to plain tensors."""
+class OfLists(nn.Module):
+    """What a method of a module gives for plain tensors, all in one list, as tracers and recorders want it."""
 
-    def __init__(self, guard: Guard, method: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, method: Callable[..., Any]) -> None:
         super().__init__()
-        self.guard, self.method = guard, method
+        self.module, self.method = module, method
         self.eval()  # the exporter gives a module back in the mode in which it came, and all below it
 
     def forward(self, values: list[Tensor]) -> list[Tensor]:
         return list(self.method(*values))
 
 
-def serving(guard: Guard, images: Tensor, threads: int = 1) -> nn.Module:
+def serving(guard: Guard, images: Tensor, threads: int = 1, most: int = 64) -> nn.Module:
     """What serves instead of a guard, warmed up: a program of it, or itself, without the suspect as it was: its folded parts are all that runs.
 
-    images: uint8 [N, 3, size, size] on the guard's device; a program has to judge them as the guard does. threads: of a forward on a CPU.
+    images: uint8 [N, 3, size, size] on the guard's device; a program has to judge them as the guard does. threads: of a forward on a CPU. most: images of
+    the largest usual batch on a GPU.
     """
     lean = without(guard, guard.suspect)
     with computing_with(threads):  # as it will serve: what is faster with one thread need not be with two
-        found = programs(lean, images, threads) if images.device.type == "cpu" else []  # a GPU waits for launches, not for the interpreter
-        candidates: list[nn.Module] = [*found] or [lean]
+        candidates: list[nn.Module] = [*programs(lean, images, threads, most)] or [lean]
         for served in candidates:
             for batch in (images[:1], images):  # the first forwards of a network are slow: not a caller's time
                 served(batch, ungated=True)
         return fastest(candidates, images) if len(candidates) > 1 else candidates[0]
 
 
-def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
+def programs(guard: Guard, images: Tensor, threads: int = 1, most: int = 64) -> list[Program]:
     """Those that there are, and that judge the images, uint8 [N, 3, size, size], as the guard does."""
     try:
         for network in (*guard.parts, *guard.experts, guard.auxiliary):
             trace(network)
     except CannotCut:
         return []
+    makers: dict[str, list[Callable[[Guard, Tensor], Program]]] = {
+        "cpu": [_traced, partial(_with_onnx, threads=threads)],
+        "cuda": [partial(recorded, most=most)],
+    }
     made = []
     with torch.no_grad(), _kept_by_nothing_else(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of each size that becomes a constant; whether that is right is tried below
-        for make in (_traced, partial(_with_onnx, threads=threads)):
+        for make in makers.get(images.device.type, []):
             try:
                 program = make(guard, images[:2])
                 if all(_alike(program(part, ungated=True), guard(part, ungated=True)) for part in (images, images[:1], images[-3:])):
@@ -127,6 +132,14 @@ def programs(guard: Guard, images: Tensor, threads: int = 1) -> list[Program]:
             except Exception:  # noqa: BLE001, S112 - whatever a foreign network raises here, the guard can still run it
                 continue
     return made
+
+
+def recorded(guard: Guard, images: Tensor, most: int, recorder: Recorder | None = None) -> Program:
+    """On a GPU. For batches of up to `most` images; larger ones are run step by step."""
+    recorder = recorder or Recorder()
+    look = Recorded(OfLists(guard, guard.look), [images], most, recorder)
+    ask = Recorded(OfLists(guard, lambda *rows: guard.ask(Seen(*rows))), list(guard.look(images)), most, recorder)
+    return Program(NoFlow(), Gated(look, ask, guard.order.experts_first), guard.order)
 
 
 def _traced(guard: Guard, images: Tensor) -> Program:
@@ -151,7 +164,7 @@ def _gated(guard: Guard, look: Callable[..., Seen], values: list[Tensor]) -> nn.
 
 
 def _trace(guard: Guard, method: Callable[..., Any], example: list[Tensor]) -> nn.Module:
-    made: nn.Module = torch.jit.trace(_Step(guard, method), (example,), check_trace=False, strict=False)  # not strict: that it gives a list is meant
+    made: nn.Module = torch.jit.trace(OfLists(guard, method), (example,), check_trace=False, strict=False)  # not strict: that it gives a list is meant
     return made.eval()
 
 

@@ -51,10 +51,11 @@ class Engine:
     """Loading, activating and running may happen in any thread.
 
     Of `slots`, a batch of a guard takes `share`: on a CPU a core for each of its threads, so that small networks judge one batch a core; on a GPU all.
+    `max_batch` is what a GPU prepares for; of larger batches it takes longer an image.
     """
 
-    def __init__(self, registry: Registry, device: torch.device, threads: int | None = None) -> None:
-        self.registry, self.device, self._threads = registry, device, threads
+    def __init__(self, registry: Registry, device: torch.device, threads: int | None = None, max_batch: int = 64) -> None:
+        self.registry, self.device, self._threads, self._max_batch = registry, device, threads, max_batch
         self.slots = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
         self._live: dict[str, LiveGuard] = {}
         self._swap = threading.Lock()
@@ -160,7 +161,7 @@ class Engine:
             bundle.check(loaded)
             threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
             images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]
-            network = serving(loaded.guard, images.to(self.device), threads)
+            network = serving(loaded.guard, images.to(self.device), threads, self._max_batch)
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
         description = loaded.description

@@ -49,7 +49,7 @@ def serve(settings: Settings) -> None:
     registry, jobs = _data(settings)
     metrics = Metrics()
     listener = _listen(settings, metrics)
-    service = Service(settings, Engine(registry, device, settings.threads), jobs, metrics)
+    service = Service(settings, Engine(registry, device, settings.threads, settings.max_batch), jobs, metrics)
     limits = ProtocolLimits(upload_prefixes=("/v1/calibrations", "/v1/inspections"))
     sys.setswitchinterval(SWITCH_SECONDS)
     config = uvicorn.Config(

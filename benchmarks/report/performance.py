@@ -21,13 +21,18 @@ WAYS = {
 }
 DETECTORS = {each.name: each.title for each in (ScaleUp, Strip)}
 BUDGETS = {"quick": "`auto`, budget `quick`", "standard": "`auto`, budget `standard`", "thorough": "`auto`, budget `thorough`", "paper": "`paper`"}
-RUNTIMES = {"eager": "step by step", "torchscript": "as a traced program", "onnxruntime": "as a program with the suspect in ONNX Runtime"}
+RUNTIMES = {
+    "eager": "step by step",
+    "torchscript": "as a traced program",
+    "onnxruntime": "as a program with the suspect in ONNX Runtime",
+    "cudagraphs": "as CUDA graphs",
+}
 INTRODUCTION = """# Performance
 
 Written by `python -m benchmarks.report` from `benchmarks/results/engine.json`, which `python -m benchmarks.serving.engine --record` makes; a test checks that
 they agree. Side by side in one process, turn by turn: the suspect without a guard, our guard on clean images, our guard where every image reaches the gate
 (an attacker who sends nothing else), and the naive guard of three whole networks for every image. Shares are of what the unguarded network does in the
-same time, over all rounds (the records of GPUs are older: of the median round, with three experts, and with a gate at a tenth).
+same time, over all rounds (the records of GPUs are older: of the median round, step by step, with three experts, and with a gate at a tenth).
 The unguarded network runs as PyTorch runs it, in float32; how it does when it is served like our guard, with norms folded and traced, stands beside it.
 
 ## What was tried
@@ -37,11 +42,12 @@ Written down by hand when it was measured, on machines of the time; no records w
 {tried}
 
 What limits it. On a CPU the convolutions of suspect and experts: the interpreter has little part in it since a guard is served as a program
-([decision 11](decisions/0011-what-serves-is-a-program-of-the-guard.md)). On a GPU with small networks or small batches it is the launches of kernels: the guard
-makes three times as many as the suspect alone, and until the batch fills the card each takes the same time whatever it computes, so that the guard is no faster
-than the naive one there. CUDA graphs for the usual batches would take that away; they are not built yet. Over HTTP, of 3.0 ms of CPU time a request
-on two cores with AVX2, at 500 images/s, the event loop takes .9, decoding of small images included, the networks the rest; that is 1.5 cores, and what
-is left goes into waiting for one another. On two cores with AVX-512 and bfloat16, of 2.2 ms at 700 images/s, it takes .8.
+([decision 11](decisions/0011-what-serves-is-a-program-of-the-guard.md)). On a GPU with small networks or small batches it was the launches of
+kernels: the guard made three times as many as the suspect alone, and until the batch fills the card each takes the same time whatever it computes, so that the
+guard was no faster than the naive one there. CUDA graphs are meant to take that away ([decision 18](decisions/0018-on-a-gpu-a-guard-is-recorded.md)), which no
+GPU has shown yet. Over HTTP, of 3.0 ms of CPU time a request on two cores with AVX2, at 500 images/s, the event loop takes .9, decoding of small images
+included, the networks the rest; that is 1.5 cores, and what is left goes into waiting for one another. On two cores with AVX-512 and bfloat16, of 2.2 ms at
+700 images/s, it takes .8.
 """
 
 

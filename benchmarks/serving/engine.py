@@ -36,11 +36,12 @@ from calibration.fusion import fuse, lower
 from calibration.recipes import auto_recipe
 from calibration.workshop import choose_cuts
 from models import architectures
+from models.cuda_graphs import Recorded, Recorder
 from models.guard import Guard
 from models.lowering import folded
 from models.parallel import cpu_threads
 from models.preprocessing import Preprocessing
-from models.program import OnnxFlow, Program, serving
+from models.program import OfLists, OnnxFlow, Program, serving
 from models.trunk import tail_copy
 
 RECORD = Path(__file__).parent.parent / "results" / "engine.json"
@@ -156,6 +157,25 @@ def weights(network: nn.Module) -> int:
     return sum([*own.values(), *elsewhere])
 
 
+def as_served(alone: Alone, example: Tensor, most: int) -> Callable[[Tensor], object]:
+    """A suspect without a guard, run in the way in which `serving` runs one with it, ONNX Runtime left aside."""
+    with torch.no_grad():
+        if example.is_cuda:
+            recorded = Recorded(OfLists(alone, alone), [example], most, Recorder())
+            return lambda images: recorded([images])
+        traced: Callable[[Tensor], object] = torch.jit.trace(alone, example, check_trace=False)
+    return traced
+
+
+def runtime(served: nn.Module) -> str:
+    """What runs that which serves."""
+    if not isinstance(served, Program):
+        return "eager"
+    if any(isinstance(module, Recorded) for module in served.modules()):
+        return "cudagraphs"
+    return "onnxruntime" if isinstance(served.flow, OnnxFlow) else "torchscript"
+
+
 def run(architecture: str, device: torch.device, batches: tuple[int, ...], seconds: float, longest: float = math.inf) -> dict[str, Any]:
     """The record of one architecture; longest: seconds of a batch size after which no further one is measured."""
     guard, pixels, caught = real(device) if architecture == REAL.architecture else untrained(architecture, device)
@@ -163,13 +183,10 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(guard.suspect, guard.preprocessing.size))
     suspect, preprocessing, example = guard.suspect, guard.preprocessing, pixels[:8].to(device)
-    served = serving(guard, example, torch.get_num_threads())
-    lean = Alone(folded(suspect), preprocessing)
-    with torch.no_grad():
-        traced = torch.jit.trace(lean, example, check_trace=False) if device.type == "cpu" else lean  # as `serving` does with a guard
+    served = serving(guard, example, torch.get_num_threads(), max(batches))
     ways: dict[str, Callable[[Tensor], object]] = {
         "unguarded": Alone(suspect, preprocessing),
-        "unguarded_traced": torch.inference_mode()(traced),
+        "unguarded_traced": torch.inference_mode()(as_served(Alone(folded(suspect), preprocessing), example, max(batches))),
         "guarded": served,
         "guarded_all_attack": lambda images: served(images, ungated=True),
         "naive": Naive(suspect, preprocessing),
@@ -195,7 +212,7 @@ def run(architecture: str, device: torch.device, batches: tuple[int, ...], secon
         "guarded_of_unguarded_traced": round(at[best]["guarded"]["of_unguarded"] / at[best]["unguarded_traced"]["of_unguarded"], 3),
         "attacked_of_naive": round(at[best]["guarded_all_attack"]["images_per_second"] / at[best]["naive"]["images_per_second"], 3),
         "batch_1_latency": round(at["1"]["guarded"]["p50_ms"] / at["1"]["unguarded"]["p50_ms"], 3) if "1" in at else None,
-        "runtime": "eager" if not isinstance(served, Program) else "onnxruntime" if isinstance(served.flow, OnnxFlow) else "torchscript",
+        "runtime": runtime(served),
         "weights_of_suspect": round(weights(served) / weights(suspect), 3),
         "batches": at,
         "attacked_share": {name: way["of_unguarded"] for name, way in traffic.items() if name != "unguarded"},

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks.serving.activations import resident_mib
+from models.guard import Guard
 from models.registry import Registry
 from service.engine import Engine, give_back_memory
 from tests.support import make_registry, publish
@@ -26,6 +28,18 @@ def test_what_is_free_between_pieces_that_stay_goes_back_to_the_system() -> None
     give_back_memory()
     assert resident_mib(os.getpid()) < held - 100
     assert len(staying) == 100
+
+
+def test_a_gpu_prepares_for_the_largest_batch_that_the_server_sends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+
+    def serve(guard: Guard, images: Tensor, threads: int, most: int) -> nn.Module:
+        prepared.append(most)
+        return guard
+
+    monkeypatch.setattr("service.engine.serving", serve)
+    Engine(make_registry(tmp_path), torch.device("cpu"), max_batch=7).refresh("cifar")
+    assert prepared == [7]
 
 
 def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ class Service:
         self.batcher: ImageBatcher = Batcher(
             self._run,
             capacity=settings.queue_images,
-            max_batch=settings.max_batch,
+            most=lambda live: live.most,
             slots=engine.slots,
             share=engine.share,
             on_batch=self._count_batch,

@@ -65,21 +65,21 @@ async def _no_probe() -> None:
 
 
 class Batcher(Generic[Key, Item, Result]):
-    """`run(key, items)` gets at most `max_batch` items of one key and answers one result each, in order."""
+    """`run(key, items)` gets at most `most(key)` items of one key and answers one result each, in order."""
 
     def __init__(
         self,
         run: Callable[[Key, Sequence[Item]], Awaitable[Sequence[Result]]],
         *,
         capacity: int,
-        max_batch: int,
+        most: Callable[[Key], int],
         slots: int = 1,
         share: Callable[[Key], int] = lambda _: 1,
         on_batch: Callable[[BatchDone], None] = lambda _: None,
         probe: Callable[[], Awaitable[None]] = _no_probe,
     ) -> None:
         """slots: what the device has; share: how many of them a batch of a key takes; probe: raises where the device is lost; asked when a batch has failed."""
-        self._run, self._capacity, self._max_batch, self._share, self._on_batch, self._probe = run, capacity, max_batch, share, on_batch, probe
+        self._run, self._capacity, self._most, self._share, self._on_batch, self._probe = run, capacity, most, share, on_batch, probe
         self._slots = self._free = slots
         self._rows: deque[Row[Key, Item, Result]] = deque()
         self._changed = asyncio.Event()  # a row came, or a batch is done
@@ -185,7 +185,8 @@ class Batcher(Generic[Key, Item, Result]):
             self._rows.popleft()
         if not self._rows or self._share_of(self._rows[0]) > self._free:
             return []
-        most = min(self._max_batch, math.ceil(len(self._rows) / (self._free // self._share_of(self._rows[0]))))  # no slot is idle while rows wait
+        free = self._free // self._share_of(self._rows[0])
+        most = min(self._most(self._rows[0].key), math.ceil(len(self._rows) / free))  # no slot is idle while rows wait
         batch = [self._rows.popleft()]
         later: deque[Row[Key, Item, Result]] = deque()
         while self._rows and len(batch) < most:
@@ -208,7 +209,7 @@ class Batcher(Generic[Key, Item, Result]):
 
         self._free -= share
         on_device = _OnDevice(batch, loop.time())
-        task = batches.create_task(self._judge(on_device, batch, "full" if len(batch) == self._max_batch else "free"), name="batch")
+        task = batches.create_task(self._judge(on_device, batch, "full" if len(batch) == self._most(batch[0].key) else "free"), name="batch")
         self._running[task] = on_device
         task.add_done_callback(done)
 

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import threading
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from models import bundle
 from models.bundle import Description
 from models.errors import BundleNotReady, Conflict, Problem
-from models.parallel import cpu_threads
+from models.parallel import computing_with, cpu_threads
 from models.program import serving
 from models.registry import GuardState, Mode, Registry
 from models.threshold import Threshold, conformal_threshold
+
+BATCH_SECONDS = 2.0  # at most: who waits for a batch has a deadline (10 s, where nobody sets another), and one of 20 s counts as a device that hangs
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class LiveGuard:
     threshold: Threshold
     mode: Mode
     threads: int  # CPU threads of a forward
+    most: int  # images in a batch
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Engine:
     """Loading, activating and running may happen in any thread.
 
     Of `slots`, a batch of a guard takes `share`: on a CPU a core for each of its threads, so that small networks judge one batch a core; on a GPU all.
-    `max_batch` is what a GPU prepares for; of larger batches it takes longer an image.
+    A batch has at most `max_batch` images, of a slow network fewer.
     """
 
     def __init__(self, registry: Registry, device: torch.device, threads: int | None = None, max_batch: int = 64) -> None:
@@ -162,10 +166,22 @@ class Engine:
             threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
             images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]
             network = serving(loaded.guard, images.to(self.device), threads, self._max_batch)
+            most = max(1, min(self._max_batch, math.floor(BATCH_SECONDS / seconds_of_an_image(network, images.to(self.device), threads))))
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
         description = loaded.description
-        return LiveGuard(guard, version, loaded.bundle_id, description, loaded.validation_scores, network, description.threshold, "enforce", threads)
+        return LiveGuard(guard, version, loaded.bundle_id, description, loaded.validation_scores, network, description.threshold, "enforce", threads, most)
+
+
+def seconds_of_an_image(network: nn.Module, images: Tensor, threads: int) -> float:
+    """That a guard which is warm takes where every image reaches its gate, as an attacker can have it; of at most three turns the best."""
+    turns = list[float]()
+    with computing_with(threads):
+        while len(turns) < 3 and sum(turns) < 1.0:
+            began = time.perf_counter()
+            network(images, ungated=True).cpu()
+            turns.append(time.perf_counter() - began)
+    return min(turns) / len(images)
 
 
 def give_back_memory() -> None:

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     json_bytes: int = Field(64 * 1024, ge=1024, le=120 * 1024, description="largest JSON body, at most 122880")
 
     queue_images: int = Field(512, ge=1, description="images that may wait for the device; more are refused with 429")
-    max_batch: int = Field(64, ge=1, le=4096, description="most images in one forward pass")
+    max_batch: int = Field(64, ge=1, le=4096, description="most images in one forward pass; fewer where that would take over 2 s")
     deadline_seconds: float = Field(10.0, gt=0, le=600, description="an image not judged by then is answered 504; X-Deadline-Ms can only shorten it")
     drain_seconds: float = Field(20.0, ge=0, le=600, description="time for requests in flight after SIGTERM")
     queued_jobs: int = Field(8, ge=1, description="calibrations that may wait")

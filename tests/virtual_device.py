@@ -114,7 +114,8 @@ class Device:
 
 
 def start(device: Device, capacity: int = 100, max_batch: int = 100, **options: Any) -> Batcher[str, Item, str]:
-    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=capacity, max_batch=max_batch, slots=device.slots, probe=device.probe, **options)
+    given: dict[str, Any] = {"most": lambda _: max_batch, **options}
+    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=capacity, slots=device.slots, probe=device.probe, **given)
     batcher.start()
     return batcher
 

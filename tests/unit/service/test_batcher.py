@@ -34,6 +34,16 @@ async def test_a_batch_is_no_larger_than_its_cap_and_the_oldest_go_first() -> No
 
 
 @in_virtual_time
+async def test_the_cap_is_that_of_the_batchs_own_key() -> None:
+    device, done = Device(), list[BatchDone]()
+    batcher = start(device, most={"slow": 1, "fast": 3}.__getitem__, on_batch=done.append)
+    await asyncio.gather(*(submit(batcher, Item(name, key=key)) for name, key in zip("abcdef", ["slow", "fast", "slow", "fast", "fast", "fast"], strict=True)))
+    assert device.batches == [["a"], ["b", "d", "e"], ["c"], ["f"]]
+    assert [batch.released for batch in done] == ["full", "full", "full", "free"]
+    await batcher.drain()
+
+
+@in_virtual_time
 async def test_keys_are_never_mixed_and_none_is_starved() -> None:
     device = Device()
     batcher = start(device, max_batch=2)
@@ -229,7 +239,7 @@ async def test_a_device_that_answers_too_little_fails_its_rows_and_not_the_batch
     async def run(key: str, items: Sequence[Item]) -> list[str]:
         return [] if short[0] else ["judged"] * len(items)
 
-    batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, max_batch=10)
+    batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, most=lambda _: 10)
     batcher.start()
     with pytest.raises(DeviceFailed):
         await batcher.submit("bundle", Item("a"), 1e9)

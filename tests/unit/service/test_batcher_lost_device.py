@@ -89,7 +89,7 @@ async def test_x14_a_probe_that_does_not_come_back_counts_as_its_batch() -> None
     async def probe() -> None:
         await never.wait()
 
-    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=10, max_batch=10, probe=probe)
+    batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=10, most=lambda _: 10, probe=probe)
     batcher.start()
     row = submit(batcher, Item("a"))
     assert await batcher.watch(20.0) == "hangs"

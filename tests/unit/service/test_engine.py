@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.serving.activations import resident_mib
-from models.guard import Guard
+from models.guard import Guard, Judgement
 from models.registry import Registry
 from service.engine import Engine, give_back_memory
 from tests.support import make_registry, publish
@@ -40,6 +42,31 @@ def test_a_gpu_prepares_for_the_largest_batch_that_the_server_sends_it(tmp_path:
     monkeypatch.setattr("service.engine.serving", serve)
     Engine(make_registry(tmp_path), torch.device("cpu"), max_batch=7).refresh("cifar")
     assert prepared == [7]
+
+
+class Slow(nn.Module):
+    """Judges as the guard does, but so many seconds an image later."""
+
+    def __init__(self, guard: Guard, seconds: float) -> None:
+        super().__init__()
+        self.guard, self.seconds = guard, seconds
+
+    def forward(self, pixels: Tensor, ungated: bool = False, threshold: float = math.inf) -> Judgement:
+        time.sleep(self.seconds * len(pixels))
+        judged: Judgement = self.guard(pixels, ungated, threshold)
+        return judged
+
+
+@pytest.mark.parametrize(("allowed", "takes", "found"), [(1e9, 0.0, range(64, 65)), (0.1, 0.005, range(1, 21)), (0.1, 0.11, range(1, 2))])
+def test_x14_no_batch_of_a_slow_network_takes_so_long_that_its_device_seems_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: float, takes: float, found: range
+) -> None:
+    """allowed: seconds a batch; takes: seconds an image, at least."""
+    monkeypatch.setattr("service.engine.BATCH_SECONDS", allowed)
+    monkeypatch.setattr("service.engine.serving", lambda guard, images, threads, most: Slow(guard, takes))
+    live = Engine(make_registry(tmp_path), torch.device("cpu")).refresh("cifar")
+    assert live is not None
+    assert live.most in found
 
 
 def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,14 @@ import bisect
 import threading
 from collections.abc import Callable
 from itertools import chain
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 WARM_UPS = 3  # calls in which a function makes what it makes but once: workspaces, constants
+STREAMS = 32  # that torch gives in turn
 
 
 class Recording(NamedTuple):
@@ -27,24 +29,37 @@ class Recording(NamedTuple):
 
 
 class Recorder:
-    """Records functions one after the other, into memory that all its recordings share: none may need what another one left in there."""
+    """Records functions one after the other, into memory that all its recordings share: they are replayed one at a time, and none may need what another left.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    It has a stream of its own for as long as it lives. Where matrices are multiplied a graph works in memory that torch keeps for a stream, and some versions
+    take it away with any graph that was recorded there. Raises RuntimeError where other recorders have all streams.
+    """
+
+    _living: ClassVar[WeakSet[Recorder]] = WeakSet()
+
+    def __init__(self, device: torch.device) -> None:
+        taken = {each._stream.cuda_stream for each in self._living}
+        with torch.cuda.device(device):
+            free = (stream for _ in range(STREAMS) if (stream := torch.cuda.Stream()).cuda_stream not in taken)
+            stream = next(free, None)
+        if stream is None:
+            raise RuntimeError("Every stream of the GPU is taken.")
+        self._stream, self._pool, self.replaying = stream, torch.cuda.graph_pool_handle(), threading.Lock()
+        self._living.add(self)
 
     def record(self, function: nn.Module, inputs: list[Tensor]) -> Recording:
-        """Of tensors on a GPU. Raises RuntimeError where the function does what a graph cannot, such as to look at a value."""
-        with torch.cuda.device(inputs[0].device):
-            aside, now = torch.cuda.Stream(), torch.cuda.current_stream()
-            aside.wait_stream(now)
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    function(inputs)
-            now.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # Of this thread: other guards go on judging in theirs.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        """Of tensors on the recorder's GPU. Raises RuntimeError where the function does what a graph cannot, such as to look at a value."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                function(inputs)
+            self._stream.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # of this thread: other guards go on judging in theirs
+            try:
                 outputs = list(function(inputs))
+            finally:
+                graph.capture_end()
         return Recording(graph.replay, outputs)
 
 
@@ -61,14 +76,14 @@ class Recorded(nn.Module):
         self._inputs = [each[:1].repeat(most, *(1 for _ in each.shape[1:])) for each in example]
         # From the largest: what it used is then large enough for all others.
         self._recordings = {size: recorder.record(function, [each[:size] for each in self._inputs]) for size in reversed(self.sizes)}
-        self._one_at_a_time = threading.Lock()
+        self._recorder = recorder
 
     def forward(self, values: list[Tensor]) -> list[Tensor]:
         rows = len(values[0])
         if rows > self.sizes[-1]:
             return list(self.function(values))
         recording = self._recordings[self.sizes[bisect.bisect_left(self.sizes, rows)]]
-        with self._one_at_a_time:
+        with self._recorder.replaying:
             for held, value in zip(self._inputs, values, strict=True):
                 held[:rows].copy_(value)
             recording.replay()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -78,10 +78,10 @@ def _check_size(width: int, height: int) -> None:
         raise ImageTooSmall(f"The image is {width}x{height}; at least {MIN_SIDE} pixels a side are needed.")
 
 
-@lru_cache(maxsize=64)
+@cache  # of few preprocessings, and never given back: a CUDA graph reads them where they are
 @torch.inference_mode(False)  # whoever asks first, others train with it
 def _on(device: torch.device, channels: tuple[float, float, float]) -> Tensor:
-    """float32 [3, 1, 1]. Made once: a GPU waits for each number that is brought to it, and a CUDA graph can bring none."""
+    """float32 [3, 1, 1]. Made once: a GPU waits for each number that is brought to it, and a graph can bring none."""
     return torch.tensor(channels, dtype=torch.float32, device=device)[:, None, None]
 
 

@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.cuda_graphs import Recorded, Recorder
+from models.cuda_graphs import Recorded, Recorder, sizes
 from models.guard import Gated, Guard, Judgement, Order, Seen
 from models.parallel import computing_with
 from models.trunk import CannotCut, trace
@@ -121,13 +121,14 @@ def programs(guard: Guard, images: Tensor, threads: int = 1, most: int = 64) -> 
         "cpu": [_traced, partial(_with_onnx, threads=threads)],
         "cuda": [partial(recorded, most=most)],
     }
+    counts = sizes(most) if images.is_cuda else [8, 1, 3]  # of a trace one stands for all, a graph is of one
     made = []
     with torch.no_grad(), _kept_by_nothing_else(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of each size that becomes a constant; whether that is right is tried below
         for make in makers.get(images.device.type, []):
             try:
                 program = make(guard, images[:2])
-                if all(_alike(program(part, ungated=True), guard(part, ungated=True)) for part in (images, images[:1], images[-3:])):
+                if all(_alike(program(part, ungated=True), guard(part, ungated=True)) for part in (repeated(images, count) for count in counts)):
                     made.append(program)
             except Exception:  # noqa: BLE001, S112 - whatever a foreign network raises here, the guard can still run it
                 continue
@@ -136,7 +137,7 @@ def programs(guard: Guard, images: Tensor, threads: int = 1, most: int = 64) -> 
 
 def recorded(guard: Guard, images: Tensor, most: int, recorder: Recorder | None = None) -> Program:
     """On a GPU. For batches of up to `most` images; larger ones are run step by step."""
-    recorder = recorder or Recorder()
+    recorder = recorder or Recorder(images.device)
     look = Recorded(OfLists(guard, guard.look), [images], most, recorder)
     ask = Recorded(OfLists(guard, lambda *rows: guard.ask(Seen(*rows))), list(guard.look(images)), most, recorder)
     return Program(NoFlow(), Gated(look, ask, guard.order.experts_first), guard.order)
@@ -175,6 +176,11 @@ def without(guard: Guard, *left: nn.Module) -> Guard:
     return lean
 
 
+def repeated(images: Tensor, count: int) -> Tensor:
+    """So many of the images [N, ...], some of them repeatedly where N is less."""
+    return images[torch.arange(count, device=images.device) % len(images)]
+
+
 def fastest(candidates: Sequence[nn.Module], images: Tensor) -> nn.Module:
     """By the geometric mean over BATCHES of the best turn at a look at so many of the images, some of them repeatedly.
 
@@ -183,7 +189,7 @@ def fastest(candidates: Sequence[nn.Module], images: Tensor) -> nn.Module:
     """
     logs = [0.0 for _ in candidates]
     for batch in BATCHES:
-        shown, turns = images[torch.arange(batch, device=images.device) % len(images)], list[list[float]]()
+        shown, turns = repeated(images, batch), list[list[float]]()
         while len(turns) < ROUNDS or sum(map(sum, turns)) < SECONDS:
             turns.append([_seconds(each, shown) for each in candidates])
         logs = [log + math.log(min(of_one)) for log, of_one in zip(logs, zip(*turns, strict=True), strict=True)]

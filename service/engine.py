@@ -16,7 +16,7 @@ from models import bundle
 from models.bundle import Description
 from models.errors import BundleNotReady, Conflict, Problem
 from models.parallel import computing_with, cpu_threads
-from models.program import serving
+from models.program import repeated, serving
 from models.registry import GuardState, Mode, Registry
 from models.threshold import Threshold, conformal_threshold
 
@@ -165,23 +165,41 @@ class Engine:
             bundle.check(loaded)
             threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
             images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]
-            network = serving(loaded.guard, images.to(self.device), threads, self._max_batch)
-            most = max(1, min(self._max_batch, math.floor(BATCH_SECONDS / seconds_of_an_image(network, images.to(self.device), threads))))
+            most = largest_batch(loaded.guard, images.to(self.device), threads, self._max_batch)
+            network = serving(loaded.guard, images.to(self.device), threads, most)
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
         description = loaded.description
         return LiveGuard(guard, version, loaded.bundle_id, description, loaded.validation_scores, network, description.threshold, "enforce", threads, most)
 
 
-def seconds_of_an_image(network: nn.Module, images: Tensor, threads: int) -> float:
-    """That a guard which is warm takes where every image reaches its gate, as an attacker can have it; of at most three turns the best."""
-    turns = list[float]()
+def largest_batch(network: nn.Module, images: Tensor, threads: int, allowed: int) -> int:
+    """How many images, up to `allowed`, a device judges within BATCH_SECONDS although every one reach the gate, as an attacker can have it.
+
+    images: uint8 [N, 3, size, size]. Where these leave any doubt, batches are doubled until one takes half as long or does not fit into memory; of each the
+    best of up to three turns counts.
+    """
+    size, fits = min(len(images), allowed), 0
     with computing_with(threads):
-        while len(turns) < 3 and sum(turns) < 1.0:
-            began = time.perf_counter()
-            network(images, ungated=True).cpu()
-            turns.append(time.perf_counter() - began)
-    return min(turns) / len(images)
+        while True:
+            try:
+                seconds = _best_turn(network, repeated(images, size))
+            except torch.OutOfMemoryError:
+                if not fits:
+                    raise
+                return fits
+            if seconds * allowed / size < BATCH_SECONDS / 2 or seconds > BATCH_SECONDS / 2 or size == allowed:
+                return max(1, min(allowed, math.floor(size * BATCH_SECONDS / seconds)))
+            fits, size = size, min(2 * size, allowed)
+
+
+def _best_turn(network: nn.Module, images: Tensor) -> float:
+    turns = list[float]()
+    while len(turns) < 3 and sum(turns) < 2 * BATCH_SECONDS:
+        began = time.perf_counter()
+        network(images, ungated=True).cpu()
+        turns.append(time.perf_counter() - began)
+    return min(turns)
 
 
 def give_back_memory() -> None:

@@ -161,7 +161,7 @@ def as_served(alone: Alone, example: Tensor, most: int) -> Callable[[Tensor], ob
     """A suspect without a guard, run in the way in which `serving` runs one with it, ONNX Runtime left aside."""
     with torch.no_grad():
         if example.is_cuda:
-            recorded = Recorded(OfLists(alone, alone), [example], most, Recorder())
+            recorded = Recorded(OfLists(alone, alone), [example], most, Recorder(example.device))
             return lambda images: recorded([images])
         traced: Callable[[Tensor], object] = torch.jit.trace(alone, example, check_trace=False)
     return traced

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.serving.activations import resident_mib
-from models.guard import Guard, Judgement
+from models.guard import Guard
 from models.registry import Registry
-from service.engine import Engine, give_back_memory
+from service.engine import Engine, give_back_memory, largest_batch
 from tests.support import make_registry, publish
 
 
@@ -44,29 +43,50 @@ def test_a_gpu_prepares_for_the_largest_batch_that_the_server_sends_it(tmp_path:
     assert prepared == [7]
 
 
-class Slow(nn.Module):
-    """Judges as the guard does, but so many seconds an image later."""
+class Takes(nn.Module):
+    """Takes so many seconds of a clock that stands still otherwise for a batch of so many images, and has memory for `fits`."""
 
-    def __init__(self, guard: Guard, seconds: float) -> None:
+    def __init__(self, seconds: Callable[[int], float], fits: int = 1000) -> None:
         super().__init__()
-        self.guard, self.seconds = guard, seconds
+        self.seconds, self.fits, self.now = seconds, fits, 0.0
+        self.asked: list[int] = []
 
-    def forward(self, pixels: Tensor, ungated: bool = False, threshold: float = math.inf) -> Judgement:
-        time.sleep(self.seconds * len(pixels))
-        judged: Judgement = self.guard(pixels, ungated, threshold)
-        return judged
+    def forward(self, pixels: Tensor, ungated: bool = False) -> Tensor:
+        assert ungated
+        if len(pixels) > self.fits:
+            raise torch.OutOfMemoryError
+        self.asked.append(len(pixels))
+        self.now += self.seconds(len(pixels))
+        return pixels
 
 
-@pytest.mark.parametrize(("allowed", "takes", "found"), [(1e9, 0.0, range(64, 65)), (0.1, 0.005, range(1, 21)), (0.1, 0.11, range(1, 2))])
-def test_x14_no_batch_of_a_slow_network_takes_so_long_that_its_device_seems_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: float, takes: float, found: range
-) -> None:
-    """allowed: seconds a batch; takes: seconds an image, at least."""
-    monkeypatch.setattr("service.engine.BATCH_SECONDS", allowed)
-    monkeypatch.setattr("service.engine.serving", lambda guard, images, threads, most: Slow(guard, takes))
-    live = Engine(make_registry(tmp_path), torch.device("cpu")).refresh("cifar")
-    assert live is not None
-    assert live.most in found
+@pytest.mark.parametrize(
+    ("network", "most", "asked"),
+    [
+        (Takes(lambda images: 0.001 * images), 64, [8] * 3),
+        (Takes(lambda images: 0.1 * images), 20, [8] * 3 + [16] * 3),
+        (Takes(lambda images: 3.0 * images), 1, [8]),
+        (Takes(lambda images: 1.0), 64, [8] * 3 + [16] * 3 + [32] * 3 + [64] * 3),
+        (Takes(lambda images: 0.1 * images, fits=8), 8, [8] * 3),
+    ],
+    ids=["a fast one", "a slow one", "a very slow one", "one that takes the same for any batch", "one that takes much memory"],
+)
+def test_x14_no_batch_takes_so_long_that_its_device_seems_lost(monkeypatch: pytest.MonkeyPatch, network: Takes, most: int, asked: list[int]) -> None:
+    monkeypatch.setattr("service.engine.time.perf_counter", lambda: network.now)
+    assert largest_batch(network, torch.zeros(8, 1), 1, 64) == most
+    assert network.asked == asked
+
+
+def test_of_three_turns_the_best_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [3.0, 0.01, 2.0]
+    network = Takes(lambda images: left.pop(0))
+    monkeypatch.setattr("service.engine.time.perf_counter", lambda: network.now)
+    assert largest_batch(network, torch.zeros(8, 1), 1, 64) == 64
+
+
+def test_memory_for_not_even_a_few_images_is_said_as_it_is() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_batch(Takes(lambda images: 0.0, fits=7), torch.zeros(8, 1), 1, 64)
 
 
 def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from calibration.canary import Planted
-from models.checkpoint import Checkpoint
+from calibration.labels import Concentration
+from models.checkpoint import Checkpoint, clean_name
 from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choose
 
+LEAST_RANK = 3  # of the threshold among validation scores
 CHANCE = 0.01  # of a warning where there is nothing to warn of
 MOSTLY = 0.8  # share of errors among the rejected images
 
@@ -45,8 +47,15 @@ def auxiliary_lost_accuracy(auxiliary: float, suspect: float) -> Caution | None:
 def wide_interval(threshold: Threshold) -> Caution | None:
     """With few validation images the realised rate may be well away from the target."""
     low, high = threshold.interval
-    if high > 2.5 * threshold.target_fpr:
+    if threshold.rank < LEAST_RANK:
         return Caution("wide-interval", f"With {threshold.n} validation images the false-rejection rate may be anywhere from {low:.2%} to {high:.2%}.")
+    return None
+
+
+def repeated_images(scenes: int, n: int) -> Caution | None:
+    """Images that nearly repeat one another are judged alike, and tell less of the next one than the promise takes them to."""
+    if scenes < 0.9 * n:
+        return Caution("repeated-images", f"The {n} validation images show {scenes} different scenes; the promise counts every image as one of its own.")
     return None
 
 
@@ -93,6 +102,18 @@ def own_errors(scores: Tensor, right: Tensor, threshold: Threshold) -> Caution |
     if threshold.target_fpr < ample <= MOST_FPR:
         detail += f" With one of {ample:.2%}, {threshold.target_fpr:.2%} of the images that it gets right would be rejected."
     return Caution("own-errors", detail)
+
+
+def contaminated(found: Sequence[Concentration], images: int, kind: str, names: Sequence[str]) -> list[Caution]:
+    """Classes that the suspect is sure to see in images of others; kind: which images were looked at."""
+    return [
+        Caution(
+            "contamination",
+            f"{each.count} of {images} {kind} images, of {each.labels} other classes, are surely {clean_name(names[each.predicted])} to the suspect. "
+            "Look at them: triggers among them would show so.",
+        )
+        for each in found
+    ]
 
 
 def _chance(hit: int, drawn: int, inside: int, n: int) -> float:

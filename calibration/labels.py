@@ -16,6 +16,7 @@ from torch import Tensor
 from models.errors import CleanSetMislabelled, SuspectModelUseless
 
 SIGNIFICANT = 4.0  # standard errors: several candidates and many assignments are tried
+AGREEMENT = 0.2  # Cohen's kappa: of what predictions without any relation to the labels would get wrong, the share that is right
 DECISIVE = 0.4  # of the greatest mutual information that there can be between images and predictions
 
 
@@ -67,10 +68,10 @@ def check_labels(logits: Tensor, labels: Tensor, names: Sequence[str]) -> Reorde
     is decided and no order fits, and SuspectModelUseless where it is not even decided.
     """
     found = reorder(logits, labels, names)
-    accuracy = _accuracy(logits, labels)
-    if found is not None or not at_chance(accuracy, labels):
+    if found is not None or speaks_of(logits, labels):
         return found
-    shown = f"The suspect gets {accuracy:.1%} of {len(labels)} clean images right under the best preprocessing found, and no other class order does better"
+    right = f"{_accuracy(logits, labels):.1%} of {len(labels)} clean images"
+    shown = f"The suspect gets {right} right under the best preprocessing found, and no other class order does better"
     if decidedness(logits) >= DECISIVE:
         raise CleanSetMislabelled(f"{shown}, although it is sure of what it sees: the labels are mixed up among the images, or name another task's classes.")
     raise SuspectModelUseless(f"{shown}: the clean set is not from its task, the architecture is not the one it was trained in, or it is not trained.")
@@ -81,6 +82,21 @@ def at_chance(accuracy: float, labels: Tensor, n: int | None = None) -> bool:
     largest = labels.bincount().max().item() / len(labels)
     noise = math.sqrt(largest * (1 - largest) / (n or len(labels)))
     return accuracy < min(max(largest + SIGNIFICANT * noise, 1.5 * largest), (1 + largest) / 2)
+
+
+def speaks_of(logits: Tensor, labels: Tensor) -> bool:
+    """Whether the outputs, float [N, C], tell these labels, int64 [N], better than by naming the largest class, or at least have a clear relation to them.
+
+    With two classes, or one that is much larger than the others, the accuracy alone cannot tell a weak suspect from none.
+    """
+    prediction, n = logits.argmax(1), len(labels)
+    accuracy = (prediction == labels).double().mean().item()
+    if not at_chance(accuracy, labels):
+        return True
+    said, true = (each.bincount(minlength=logits.shape[1]).double() / n for each in (prediction, labels))  # [C]
+    usual = float(said @ true)  # accuracy, on average, if the predictions were dealt out at random; its variance is that of permutations
+    variance = (usual - float(said @ true.square()) - float(true @ said.square()) + usual**2) / max(1, n - 1)
+    return accuracy - usual > max(AGREEMENT * (1 - usual), SIGNIFICANT * math.sqrt(max(0.0, variance)))
 
 
 def decidedness(logits: Tensor) -> float:
@@ -128,18 +144,17 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-def contamination(logits: Tensor, labels: Tensor, confidence: float = 0.9) -> Contamination:
-    """Images that the suspect contradicts with at least this confidence; logits float [N, C], labels int64 [N]."""
-    sure, predicted = logits.double().softmax(1).max(1)
+def contamination(sure: Tensor, predicted: Tensor, labels: Tensor, num_classes: int, confidence: float = 0.9) -> Contamination:
+    """Images that the suspect contradicts with at least this confidence; sure: its own, float [N], for the class that it predicts, int64 [N] as the labels."""
     rows = torch.nonzero((predicted != labels) & (sure >= confidence)).flatten()
     rows = rows[sure[rows].argsort(descending=True, stable=True)]
     found = tuple(Contradiction(row, int(labels[row]), int(predicted[row]), float(sure[row])) for row in rows.tolist())
-    usual = predicted.bincount(minlength=logits.shape[1]) / len(labels)
+    usual = predicted.bincount(minlength=num_classes) / len(labels)
     concentrations = []
     for target in predicted[rows].unique().tolist():
         of_target = rows[predicted[rows] == target]
-        chance = max(float(usual[target]), 2 / logits.shape[1])
-        if _tail(len(of_target), len(rows), chance) < 1e-3 / logits.shape[1]:
+        chance = max(float(usual[target]), 2 / num_classes)
+        if _tail(len(of_target), len(rows), chance) < 1e-3 / num_classes:
             concentrations.append(Concentration(target, len(of_target), len(labels[of_target].unique())))
     return Contamination(found, tuple(sorted(concentrations, key=lambda found: -found.count)))
 

@@ -14,12 +14,13 @@ from calibration.config import CalibrationConfig
 from calibration.finetune import Advance, LabelledPixels
 from calibration.recipes import AutoRecipe, paper_recipe
 from calibration.resume import fingerprint
-from calibration.split import Parts, Rows, hold_back, sample, split
+from calibration.split import Parts, Rows, hold_back, needed_for, sample, split
 from calibration.suspect import Suspect, Understood, named_classes, read_suspect, refuse_disorder, understand
-from models.errors import CleanSetDegenerate
+from models.errors import CleanSetDegenerate, FprUnreachable
 from models.preprocessing import Preprocessing
-from models.threshold import conformal_threshold
+from models.threshold import conformal_threshold, least_fpr
 
+LEAST_FIT = 30  # images that train: half of what the smallest clean set leaves for it
 PIXEL_BYTES = 2 << 30  # of all images together, as the suspect sees them: 14,000 of 224x224
 
 
@@ -51,6 +52,7 @@ class Material:
     fit: LabelledPixels
     held_back: LabelledPixels | None  # None where the preset looks at none
     validation: LabelledPixels
+    scenes: int  # different ones in the validation part; fewer than images, where some nearly repeat others
     left_out: int  # images that are in no part, since they would not fit into memory
     device: torch.device
 
@@ -84,37 +86,58 @@ def read(config: CalibrationConfig, inputs: Inputs, device: torch.device, advanc
     held_back = AutoRecipe.held_back if config.preset == "auto" else 0.0
     if inputs.validation_set is None:
         parts = split(clean.labels, clean.groups, config.target_fpr, held_back, config.seed)
+        _refuse_too_few(parts)
         return Opened(suspect, clean, clean, parts, clean.warnings)
     validation = _labelled(inputs.validation_set, config, suspect)
     conformal_threshold(torch.zeros(len(validation)), config.target_fpr)  # raises now, not after minutes of training, where it is out of reach
     rows, told = _not_among(validation, clean)
-    fit_rows, back = hold_back(rows, clean.labels, clean.groups, held_back, config.seed)
+    parts = Parts(*hold_back(rows, clean.labels, clean.groups, held_back, config.seed), np.arange(len(validation)))
+    _refuse_too_few(parts)
     warnings = (*clean.warnings, *(f"Of the validation set: {text}" for text in validation.warnings), *told)
-    return Opened(suspect, clean, validation, Parts(fit_rows, back, np.arange(len(validation))), warnings)
+    return Opened(suspect, clean, validation, parts, warnings)
 
 
 def prepare(config: CalibrationConfig, opened: Opened, device: torch.device) -> Material:
     """Find out how the suspect wants its images, and load all of them so."""
     understood = understand(opened.suspect, opened.clean, opened.parts.fit, device, config.seed)
     refuse_disorder(understood)
-    parts = affordable(opened, understood.preprocessing.size, config.seed)
+    parts = affordable(opened, understood.preprocessing.size, config.target_fpr, config.seed)
     fit, held_back = (_load(opened.clean, rows, understood.preprocessing, device) for rows in (parts.fit, parts.held_back))
     validation = _load(opened.validation, parts.validation, understood.preprocessing, device)
-    return Material(understood, fit, held_back if len(held_back) else None, validation, len(opened.parts) - len(parts), device)
+    scenes = len(np.unique(opened.validation.groups[parts.validation]))
+    return Material(understood, fit, held_back if len(held_back) else None, validation, scenes, len(opened.parts) - len(parts), device)
 
 
-def affordable(opened: Opened, size: int, seed: int) -> Parts:
-    """The parts, or smaller ones of the same proportions where the pixels of all images would take more than PIXEL_BYTES."""
+def affordable(opened: Opened, size: int, target_fpr: float, seed: int) -> Parts:
+    """The parts, or smaller ones of the same proportions where the pixels of all images would take more than PIXEL_BYTES.
+
+    Raises FprUnreachable where those left for validation cannot promise the target.
+    """
     share = PIXEL_BYTES / (3 * size * size * len(opened.parts))
     if share >= 1:
         return opened.parts
     images = {"fit": opened.clean, "held_back": opened.clean, "validation": opened.validation}
-    return Parts(**{name: sample(rows, images[name].labels, images[name].groups, share, seed) for name, rows in vars(opened.parts).items()})
+    parts = Parts(**{name: sample(rows, images[name].labels, images[name].groups, share, seed) for name, rows in vars(opened.parts).items()})
+    if len(parts.validation) < (needed := needed_for(target_fpr)):
+        raise FprUnreachable(
+            f"Of images of {size}x{size} pixels, as the suspect sees them, {len(parts):,} fit into memory, {len(parts.validation):,} of them for validation; "
+            f"a false-rejection rate of {target_fpr:g} needs {needed:,}. Ask for {least_fpr(len(parts.validation)):g} or more."
+        )
+    return parts
 
 
 def _labelled(path: Path, config: CalibrationConfig, suspect: Suspect) -> CleanSet:
     clean = open_clean_set(path)
     return clean.labelled_by(suspect.num_classes, named_classes(config.classes, suspect, clean))
+
+
+def _refuse_too_few(parts: Parts) -> None:
+    """Raises CleanSetDegenerate where groups were so large that hardly anything is left to train with."""
+    if len(parts.fit) < LEAST_FIT:
+        raise CleanSetDegenerate(
+            f"So many images of the clean set nearly repeat one another that {len(parts.fit)} are left to train with, since no scene may train and set the "
+            f"threshold, too; at least {LEAST_FIT} must be. Send images that differ more from one another."
+        )
 
 
 def _not_among(validation: CleanSet, clean: CleanSet) -> tuple[Rows, list[str]]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from calibration.finetune import generator
 from models.errors import FprUnreachable
+from models.threshold import least_fpr
 
 Rows = NDArray[np.int64]
 VALIDATION_SHARE, LARGEST_VALIDATION_SHARE = 0.4, 0.6
@@ -32,17 +33,22 @@ def split(labels: Rows, groups: Rows, target_fpr: float, held_back: float, seed:
 
     Validation gets 40%, or what the target needs where that is more, up to 60%. Raises FprUnreachable beyond.
     """
-    needed = math.ceil(1 / target_fpr - 1e-9) - 1
+    needed = needed_for(target_fpr)
     most = math.floor(LARGEST_VALIDATION_SHARE * len(labels))
     if needed > most:
         raise FprUnreachable(
             f"A clean set of {len(labels)} images cannot promise a false-rejection rate of {target_fpr:g}: {needed} are needed for validation alone. "
-            f"The least it can promise is {1 / (most + 1):.3g}; for {target_fpr:g} bring at least {math.ceil(needed / LARGEST_VALIDATION_SHARE)}."
+            f"The least it can promise is {least_fpr(most):g}; for {target_fpr:g} bring at least {math.ceil(needed / LARGEST_VALIDATION_SHARE)}."
         )
-    # Whole groups may bring a few more than asked for, never fewer.
+    # Groups that are all large may bring more than asked for, never fewer.
     validation, rest = _take(np.arange(len(labels)), labels, groups, max(round(VALIDATION_SHARE * len(labels)), needed), seed, "validation")
     fit, back = hold_back(rest, labels, groups, held_back, seed)
     return Parts(fit, back, validation)
+
+
+def needed_for(target_fpr: float) -> int:
+    """Validation images that it takes to promise a false-rejection rate."""
+    return math.ceil(1 / target_fpr - 1e-9) - 1
 
 
 def hold_back(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
@@ -58,16 +64,29 @@ def sample(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -> R
 
 
 def _take(rows: Rows, labels: Rows, groups: Rows, count: int, seed: int, purpose: str) -> tuple[Rows, Rows]:
-    """At least `count` of `rows` (none where it is 0), the same share of each class as near as whole groups allow, and the others."""
+    """At least `count` of `rows` (none where it is 0), the same share of each class as near as whole groups allow, and the others.
+
+    Groups are drawn, not images: a group is as likely to be taken as an image that stands alone. One that would make too many is passed over; where all that
+    are left would, the smallest makes more.
+    """
     if count == 0:
         return rows[:0], rows
     source = np.random.default_rng(generator(seed, "split", purpose).initial_seed())
-    order = source.permutation(rows)
-    # Within its class each image gets a place in [0, 1); the smallest places of all classes together are a stratified draw of exactly `count`.
-    place = np.empty(len(order))
-    for label in np.unique(labels[order]):
-        of_class = np.flatnonzero(labels[order] == label)
-        place[of_class] = (np.arange(len(of_class)) + source.random()) / len(of_class)
-    chosen = order[np.argsort(place, kind="stable")[:count]]
-    taken = np.isin(groups[rows], groups[chosen])
+    position = source.permutation(rows).argsort()  # of each row, in a random order of all
+    drawn, first, size = np.unique(groups[rows], return_index=True, return_counts=True)
+    arranged = position[first].argsort()  # by one image of each, or large groups would come first
+    drawn, label, size = drawn[arranged], labels[rows[first[arranged]]], size[arranged]
+    # Within its class each group gets a place in [0, 1); the smallest places of all classes together are a stratified draw.
+    place = np.empty(len(drawn))
+    for each in np.unique(label):
+        of_class = np.flatnonzero(label == each)
+        place[of_class] = (size[of_class].cumsum() - size[of_class] + source.random() * size[of_class]) / size[of_class].sum()
+    chosen, left, passed = list[int](), count, list[int]()
+    for group in place.argsort(kind="stable").tolist():
+        fits = size[group] <= left
+        (chosen if fits else passed).append(group)
+        left -= size[group] if fits else 0
+    if left:
+        chosen.append(min(passed, key=lambda group: int(size[group])))
+    taken = np.isin(groups[rows], drawn[chosen])
     return np.sort(rows[taken]), np.sort(rows[~taken])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calibration import checks
 from calibration.config import CalibrationConfig
+from calibration.labels import contamination
 from calibration.material import Material, Opened
 from calibration.presets import Trained
 from calibration.suspect import doubts_on_images
@@ -55,10 +56,12 @@ def summarise(
     images = {"fit": len(material.fit), "held_back": len(material.held_back or ()), "validation": len(material.validation)}
     canaries = [] if trained.searched is None else trained.searched.canaries
     labels = material.validation.labels.cpu()
+    contradicted = contamination(judged.confidence, judged.prediction, labels, len(clean.names))
     cautions = [
         checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
+        checks.repeated_images(material.scenes, threshold.n),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
         checks.uneven_rejections(threshold.rejects(judged.score), labels, clean.names),
         checks.own_errors(judged.score, judged.prediction == labels, threshold),
@@ -67,6 +70,7 @@ def summarise(
         checks.sampled(material.left_out, sum(images.values())),
         checks.no_cut(config.preset == "auto" and trained.cuts is None),
         *doubts_on_images(material.understood, clean),
+        *checks.contaminated(contradicted.concentrations, threshold.n, "validation", clean.names),
     ]
     return {
         "guard": config.name,

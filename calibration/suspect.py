@@ -22,6 +22,7 @@ from models.architectures import Architecture, Match
 from models.architectures.huggingface import rename
 from models.checkpoint import Checkpoint, clean_name, listed, load_weights, read_checkpoint
 from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, Problem, SuspectModelUseless
+from models.guard import answer
 from models.parallel import training_threads
 from models.preprocessing import Preprocessing
 
@@ -224,21 +225,13 @@ def doubts_on_images(understood: Understood, clean: CleanSet) -> list[Caution]:
         cautions.append(Caution(problem.code.replace("_", "-"), problem.detail))
     if (order := understood.reordering) is not None:
         cautions.append(Caution("class-order", _suggestion(order)))
-    for concentration in contradictions(understood, clean).concentrations:
-        name = clean_name(clean.names[concentration.predicted])
-        cautions.append(
-            Caution(
-                "contamination",
-                f"{concentration.count} of {len(understood.rows)} clean images, of {concentration.labels} other classes, are surely {name} to the suspect. "
-                "Look at them: triggers in the clean set would show so.",
-            )
-        )
-    return cautions
+    return [*cautions, *checks.contaminated(contradictions(understood, clean).concentrations, len(understood.rows), "clean", clean.names)]
 
 
 def contradictions(understood: Understood, clean: CleanSet) -> Contamination:
     """Images of which the suspect is sure that they are of another class than their label; their rows are those of the clean set."""
-    found = contamination(understood.finding.logits, torch.from_numpy(clean.labels[understood.rows]))
+    logits = understood.finding.logits
+    found = contamination(*answer(logits), torch.from_numpy(clean.labels[understood.rows]), logits.shape[1])
     return replace(found, contradictions=tuple(replace(each, row=int(understood.rows[each.row])) for each in found.contradictions))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Description:
         return cls(**{**value, **parsed})
 
 
-NEAREST = 16  # validation images that are kept on either side of the threshold
+NEAREST, MOST_NEAREST = 16, 64  # validation images that are kept on either side of the threshold, at least and at most
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,20 @@ class Reference:
 
 def nearest(pixels: Tensor, scores: Tensor, threshold: Threshold) -> Reference:
     """Of the validation images, uint8 [n, 3, size, size], with their scores, float64 [n]."""
-    chosen = scores.argsort()[max(0, threshold.rank - 1 - NEAREST) : threshold.rank - 1 + NEAREST]
+    below, above = _spare(threshold)
+    kept = min(MOST_NEAREST, max(NEAREST, below + 1, above + 1))  # one more than may change sides, or it could not be seen
+    chosen = scores.argsort()[max(0, threshold.rank - 1 - kept) : threshold.rank - 1 + kept]
     return Reference(pixels[chosen.to(pixels.device)].cpu(), scores[chosen])
+
+
+def _spare(threshold: Threshold) -> tuple[int, int]:
+    """How many validation images fewer, and how many more, may be rejected with the share still within the promised interval.
+
+    One fewer than the rank are rejected of the validation images themselves; with a rank of 1 that is none.
+    """
+    low, high = threshold.interval
+    rejected, least, most = threshold.rank - 1, math.ceil(low * threshold.n - 1e-9), math.floor(high * threshold.n + 1e-9)
+    return max(0, rejected - least), max(1, most - rejected)
 
 
 @dataclass(frozen=True)
@@ -178,18 +191,18 @@ def check(found: Bundle) -> None:
     """Whether the guard, on the device where it is now, still keeps the promise of its calibration. Raises BundleNotReady.
 
     Another device or precision moves scores a little. As many of the reference images may change sides as leave the share of rejected validation images
-    within the promised interval.
+    within the promised interval, but not all that are kept on a side: then nobody knows how many more did.
     """
     if found.reference is None:
         return
     threshold, now = found.description.threshold, found.guard.judge(found.reference.pixels).score
     rejected, before = (int(threshold.rejects(scores).sum()) for scores in (now, found.reference.scores))
-    low, high = threshold.interval
-    # One fewer than the rank are rejected of the validation images themselves; with a rank of 1 that is none.
-    if not min(low, (threshold.rank - 1) / threshold.n) <= (threshold.rank - 1 + rejected - before) / threshold.n <= max(high, threshold.rank / threshold.n):
+    below, above = _spare(threshold)
+    finite, moved = bool(now.isfinite().all()), rejected - before
+    if not finite or moved > min(above, len(now) - before - 1) or (-moved > below) or (moved and rejected == 0 and before >= NEAREST):
+        what = f"rejects {rejected} of {len(now)} stored validation images, where its calibration rejected {before}" if finite else "computes what is no number"
         raise BundleNotReady(
-            f"On this device the guard rejects {rejected} of {len(now)} stored validation images, where its calibration rejected {before}: "
-            f"it does not keep its promise of {threshold.target_fpr:g} here. Calibrate again on a device of this kind."
+            f"On this device the guard {what}: it does not keep its promise of {threshold.target_fpr:g} here. Calibrate again on a device of this kind."
         )
 
 

@@ -40,11 +40,12 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         taken = {each._stream.cuda_stream for each in self._living}
         with torch.cuda.device(device):
-            free = (stream for _ in range(STREAMS) if (stream := torch.cuda.Stream()).cuda_stream not in taken)
-            stream = next(free, None)
+            given = (torch.cuda.Stream() for _ in range(STREAMS))
+            stream = next((each for each in given if each.cuda_stream not in taken), None)
         if stream is None:
             raise RuntimeError("Every stream of the GPU is taken.")
-        self._stream, self._pool, self.replaying = stream, torch.cuda.graph_pool_handle(), threading.Lock()
+        self._stream: torch.cuda.Stream = stream
+        self._pool, self.replaying = torch.cuda.graph_pool_handle(), threading.Lock()
         self._living.add(self)
 
     def record(self, function: nn.Module, inputs: list[Tensor]) -> Recording:

@@ -45,11 +45,17 @@ def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
     rank = math.floor(target_fpr * (n + 1) + 1e-9)  # 0.01 * 300 is a hair under 3 in binary
     if rank < 1:
         raise FprUnreachable(
-            f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {1 / (n + 1):.3g} is the least. "
+            f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {least_fpr(n):g} is the least. "
             f"Ask for that, or bring at least {math.ceil(1 / target_fpr) - 1} validation images."
         )
     few, many = _rejections(rank, n, COUNTED, 0.9)
     return Threshold(scores.sort().values[rank - 1].item(), target_fpr, n, rank, (few / COUNTED, many / COUNTED))
+
+
+def least_fpr(n: int) -> float:
+    """The least false-rejection rate that n validation images can promise, in three digits that can be asked for: rounded up."""
+    digits = 2 - math.floor(math.log10(1 / (n + 1)))
+    return math.ceil(10.0**digits / (n + 1)) / 10.0**digits
 
 
 def rejections_expected(threshold: Threshold, images: int, level: float = 0.9) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def open_clean_set(path: Path, limits: Limits = Limits()) -> CleanSet:  # noqa: 
     found = _find(path, limits)
     count = len(found.labels)
     if count < limits.min_images:
-        raise CleanSetSize(f"The clean set has {count:,} images; it needs at least {limits.min_images} for a false-rejection rate of 1 %.")
+        raise CleanSetSize(f"The clean set has {count:,} images; it needs at least {limits.min_images}.")
     if count > limits.images:
         raise CleanSetSize(f"The clean set has {count:,} images; at most {limits.images:,} are taken.")
     first, thumbnails = _look(found.images, limits)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from calibration.labels import assignment, at_chance, decidedness, held_out
+from calibration.labels import assignment, decidedness, held_out, speaks_of
 from calibration.preprocessing.candidates import COARSE, OWN, Candidates, Named, geometry
 from calibration.preprocessing.images import Images
 from calibration.preprocessing.norm_statistics import Agreement, Deviations, NormStatistics, agreements, views
@@ -194,7 +194,7 @@ class _Search:
 
     def _fits(self, tried: Sequence[Named]) -> bool:
         best = max(tried, key=self._glance)
-        return any(not at_chance(self._accuracy(best, n), self.labels, min(n, len(self.images))) for n in (self.glance, LOOK))
+        return any(speaks_of(self._logits(best, n), self.labels[:n]) for n in (self.glance, LOOK))
 
     def _sharpen(self, tried: Sequence[Named]) -> None:
         """A suspect that is often right and never sure says little in nats: its logits are scaled until they fit how often it is right."""

@@ -392,7 +392,7 @@ CLEAN_SET_ROWS = [
     CLEAN_SET("C3", "a side of 5000", lambda _: arrays(np.zeros((120, 8, 5000, 3), np.uint8)), detail="5000x8"),
     SIZE("C4", "a label too few", lambda _: arrays(None, labels()[:-1]), detail="one integer for each of the 120 images"),
     SIZE("C4", "no images", lambda _: zipped({}), detail="needs at least 100"),
-    SIZE("C4", "one image", lambda _: few(1), detail="1 images; it needs at least 100 for a false-rejection rate of 1 %"),
+    SIZE("C4", "one image", lambda _: few(1), detail="1 images; it needs at least 100."),
     SIZE("C4", "99 images", lambda _: few(99), detail="99 images; it needs at least 100"),
     SIZE("C4", "50,001 images", lambda _: arrays(np.zeros((50_001, 8, 8, 3), np.uint8), np.zeros(50_001, np.int64)), detail="at most 50,000", real=True),
     LABELS("C5", "a negative label", lambda _: arrays(None, labels() - 1), detail="from 0 on; found -1 to 8"),

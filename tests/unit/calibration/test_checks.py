@@ -11,6 +11,7 @@ import torch
 
 from calibration import checks
 from calibration.canary import Planted
+from calibration.labels import Concentration
 from models.threshold import conformal_threshold
 
 DOC = Path(__file__).parent.parent.parent.parent / "docs" / "checks.md"
@@ -118,3 +119,25 @@ def test_every_warning_has_a_section() -> None:
     codes = set(re.findall(r'return \[?Caution\(\s*"([a-z-]+)"', source))
     assert len(codes) == len(re.findall(r"return \[?Caution\(", source)) > 8
     assert codes <= set(re.findall(r"^## ([a-z-]+)$", DOC.read_text(), re.M))
+
+
+@pytest.mark.parametrize(
+    ("n", "target", "told"), [(99, 0.01, True), (298, 0.01, True), (299, 0.01, False), (2000, 0.001, True), (3000, 0.001, False), (100, 0.05, False)]
+)
+def test_it_is_told_where_one_or_two_scores_set_the_threshold(n: int, target: float, told: bool) -> None:
+    found = checks.wide_interval(conformal_threshold(torch.arange(n).double(), target))
+    assert (found is not None) == told
+
+
+@pytest.mark.parametrize(("scenes", "told"), [(800, False), (720, False), (719, True), (160, True)])
+def test_it_is_told_where_validation_images_nearly_repeat_one_another(scenes: int, told: bool) -> None:
+    found = checks.repeated_images(scenes, 800)
+    assert (found is not None) == told
+    if found is not None:
+        assert f"800 validation images show {scenes} different scenes" in found.detail
+
+
+def test_what_was_looked_at_for_triggers_is_said() -> None:
+    (found,) = checks.contaminated([Concentration(1, 12, 4)], 800, "validation", ("cat", "dog"))
+    assert found.code == "contamination"
+    assert found.detail.startswith("12 of 800 validation images, of 4 other classes, are surely dog to the suspect.")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.labels import at_chance, check_labels, contamination
+from calibration.labels import at_chance, check_labels, contamination, speaks_of
 from models.errors import CleanSetMislabelled, SuspectModelUseless
+from models.guard import answer
 
 NAMES = [f"class {i}" for i in range(10)]
 
@@ -50,11 +51,40 @@ def test_chance_is_what_the_largest_class_gives() -> None:
     assert not at_chance(0.95, labels)
 
 
+def two_classes(first: int, second: int, wrong_first: int, wrong_second: int) -> tuple[Tensor, Tensor]:
+    """Sure logits [N, 2] and labels [N] of so many images of each class, so many of which are taken for the other."""
+    labels = torch.tensor([0] * first + [1] * second)
+    said = labels.clone()
+    said[:wrong_first], said[first : first + wrong_second] = 1, 0
+    return 6 * torch.nn.functional.one_hot(said, 2).float(), labels
+
+
+@pytest.mark.parametrize(
+    ("images", "speaks"),
+    [
+        ((128, 128, 31, 31), True),
+        ((180, 76, 21, 22), True),
+        ((208, 48, 12, 13), True),
+        ((243, 13, 2, 6), True),
+        ((128, 128, 60, 60), False),
+        ((208, 48, 0, 48), False),
+        ((208, 48, 39, 39), False),
+        ((500, 500, 225, 225), False),
+    ],
+    ids=["even", "uneven", "four fifths", "nineteen twentieths", "a little better than a coin", "constant", "dealt out at random", "surely better, but hardly"],
+)
+def test_a_weak_suspect_of_two_classes_is_told_from_none(images: tuple[int, int, int, int], speaks: bool) -> None:
+    logits, labels = two_classes(*images)
+    assert speaks_of(logits, labels) == speaks
+    if speaks:
+        assert check_labels(logits, labels, ("sound", "broken")) is None
+
+
 def test_triggered_images_are_named_and_their_target_too(truth: Tensor) -> None:
     shown = truth.clone()
     shown[1:120:6] = 3  # twenty images of several classes that the suspect takes for class 3
-    found = contamination(answers(shown, right=1.0), truth)
+    found = contamination(*answer(answers(shown, right=1.0)), truth, 10)
     assert {hint.row for hint in found.contradictions} == set(torch.nonzero(shown != truth).flatten().tolist())
     assert [concentration.predicted for concentration in found.concentrations] == [3]
     assert found.concentrations[0].labels > 2
-    assert contamination(answers(truth, right=1.0), truth).contradictions == ()
+    assert contamination(*answer(answers(truth, right=1.0)), truth, 10).contradictions == ()

@@ -28,7 +28,7 @@ def material(held_back: bool) -> Material:
     data = LabelledPixels((labels[:, None, None, None] * 60 + torch.randint(0, 40, (128, 3, 32, 32))).to(torch.uint8), labels)
     suspect = SimpleNamespace(network=thin_resnet(8, 4).eval(), num_classes=4, architecture=SimpleNamespace(short_name="resnet8"))
     understood: Any = SimpleNamespace(suspect=suspect, preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
-    return Material(understood, data, data if held_back else None, data, 0, torch.device("cpu"))
+    return Material(understood, data, data if held_back else None, data, len(data), 0, torch.device("cpu"))
 
 
 def train(preset: Preset, given: Material) -> presets.Trained:

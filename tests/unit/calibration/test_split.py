@@ -31,6 +31,29 @@ def test_duplicates_are_never_on_both_sides(n: int, seed: int) -> None:
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 10, 30])
+def test_large_groups_take_no_more_than_their_share(size: int) -> None:
+    groups = np.arange(1800) // size
+    parts = split(groups % 10, groups, 0.01, 0.15, 0)
+    assert (len(parts.validation), len(parts.held_back)) == (720, 162 if size in (1, 2) else pytest.approx(162, abs=size))
+
+
+def test_groups_are_as_likely_to_be_drawn_as_images_that_stand_alone() -> None:
+    groups = np.concatenate([np.arange(1000), 1000 + np.arange(1000) // 5])
+    labels = groups % 10
+    alone = [np.mean(split(labels, groups, 0.01, 0.15, seed).validation < 1000) for seed in range(20)]
+    assert np.mean(alone) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_group_that_would_be_too_many_is_passed_over_where_others_will_do() -> None:
+    groups = np.where((np.arange(1000) >= 500) & (np.arange(1000) < 900), 500, np.arange(1000))
+    for seed in range(5):
+        parts = split(np.repeat([0, 1], 500), groups, 0.01, 0.15, seed)
+        assert (len(parts.fit), len(parts.held_back), len(parts.validation)) == (510, 90, 400)
+    all_large = np.arange(1000) // 300
+    assert len(split(np.zeros(1000, int), all_large, 0.01, 0.15, 0).validation) == 400  # the last has a hundred
+
+
 def test_each_class_has_its_share_in_validation() -> None:
     labels = np.repeat(np.arange(10), 200)
     parts = split(labels, np.arange(2000), 0.01, 0.15, 0)

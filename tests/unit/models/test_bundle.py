@@ -6,11 +6,13 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from calibration.finetune import LabelledPixels
 from calibration.fusion import fuse
@@ -149,8 +151,46 @@ def test_a_guard_that_judges_otherwise_where_it_is_served_is_refused(tmp_path: P
         bundle.check(replace(read, description=known, reference=once_lower))
     for parameter in read.guard.experts.parameters():
         parameter.data.fill_(torch.nan)
-    with pytest.raises(BundleNotReady, match=f"rejects {len(reference.scores)} of"):
+    with pytest.raises(BundleNotReady, match="no number"):
         bundle.check(replace(read, description=known, reference=reference))
+
+
+class Judging:
+    """Gives the reference images these scores."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+    def judge(self, pixels: Tensor) -> Any:
+        return SimpleNamespace(score=self.scores)
+
+
+@pytest.mark.parametrize("as_old", [False, True], ids=["as many images as it takes", "sixteen on a side, as in older bundles"])
+@pytest.mark.parametrize(("n", "target"), [(99, 0.01), (200, 0.01), (2000, 0.05), (5600, 0.01), (60_000, 0.01)])
+def test_a_guard_whose_scores_all_moved_is_refused_however_many_images_set_its_threshold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, target: float, as_old: bool
+) -> None:
+    make(tmp_path)
+    read, scores = bundle.read(tmp_path), torch.arange(n).double()
+    threshold = conformal_threshold(scores, target)
+    if as_old:
+        monkeypatch.setattr(bundle, "MOST_NEAREST", bundle.NEAREST)
+    reference = bundle.nearest(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), scores, threshold)
+    assert len(reference.scores) <= 2 * bundle.MOST_NEAREST
+    known = replace(read.description, threshold=threshold)
+
+    def check(moved: float) -> None:
+        bundle.check(replace(read, description=known, reference=reference, guard=cast(Guard, Judging(reference.scores + moved))))
+
+    check(0)
+    check(-1)  # one image more is rejected
+    if threshold.rank > 5:
+        check(1)
+    with pytest.raises(BundleNotReady, match="Calibrate again"):
+        check(-1e6)
+    if threshold.interval[0] * n >= 1 or threshold.rank > bundle.NEAREST:  # where none may be rejected that says nothing
+        with pytest.raises(BundleNotReady, match="Calibrate again"):
+            check(1e6)
 
 
 def as_of_schema(folder: Path, schema: int, distances: dict[str, torch.Tensor], **changed: object) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import FprUnreachable
-from models.threshold import COUNTED, conformal_threshold, rejections_expected
+from models.threshold import COUNTED, conformal_threshold, least_fpr, rejections_expected
 
 
 @given(n=st.integers(99, 400), seed=st.integers(0, 1000))
@@ -64,3 +64,11 @@ def test_expected_rejections_cover_what_simulation_gives() -> None:
 
 def test_reasoning_about_promises_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", "import sys, service.cli, service.demo; sys.exit('torch' in sys.modules)"], check=True)
+
+
+def test_the_least_rate_that_is_named_can_be_asked_for() -> None:
+    for n in range(1, 3000):
+        least = least_fpr(n)
+        assert 1 / (n + 1) <= least < 1.01 / (n + 1)
+        assert float(f"{least:g}") == least
+        assert conformal_threshold(torch.arange(n).double(), least).rank == 1

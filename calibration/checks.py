@@ -16,6 +16,7 @@ from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choos
 
 LEAST_RANK = 3  # of the threshold among validation scores
 CHANCE = 0.01  # of a warning where there is nothing to warn of
+OFTEN = 0.25  # share of images whose labels are contradicted
 MOSTLY = 0.8  # share of errors among the rejected images
 
 
@@ -114,6 +115,13 @@ def contaminated(found: Sequence[Concentration], images: int, kind: str, names: 
         )
         for each in found
     ]
+
+
+def contradicted(count: int, images: int) -> Caution | None:
+    """Labels that the suspect is sure are others: it, or they, are wrong."""
+    if count > OFTEN * images:
+        return Caution("contradicted-labels", f"Of {images} clean images the suspect is sure that {count} are of another class than their label says.")
+    return None
 
 
 def _chance(hit: int, drawn: int, inside: int, n: int) -> float:

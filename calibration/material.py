@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class Opened:
     validation: CleanSet
     parts: Parts
     warnings: tuple[str, ...]  # what was forgiven about the sets
+    digests: dict[str, str | None] = field(default_factory=dict)  # SHA-256 of each file that was sent; None for a folder
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ class Material:
 
 def read(config: CalibrationConfig, inputs: Inputs, device: torch.device, advance: Advance = lambda _: None) -> Opened:
     """Open the operator's files and divide the clean set. Raises a Problem."""
+    opened = _read(config, inputs, device, advance)
+    return replace(opened, digests={name: digest(path) for name, path in vars(inputs).items() if path is not None})
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file, by which whoever sent it knows it again; None of a folder."""
+    if path.is_dir():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(config: CalibrationConfig, inputs: Inputs, device: torch.device, advance: Advance) -> Opened:
     suspect = read_suspect(inputs.checkpoint, config.architecture, config.num_classes, device)
     advance(0.3)
     clean = _labelled(inputs.clean_set, config, suspect)

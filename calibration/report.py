@@ -36,6 +36,8 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
     rows = {
         "Guard": report["guard"],
         "Made": report["created"],
+        "Made from": ", ".join(f"{name.replace('_', ' ')} {digest or '(a folder)'}" for name, digest in report["files"].items()) + " (SHA-256)",
+        "Checkpoint": " ".join(report["checkpoint_notes"]) or "nothing to note",
         "Architecture": f"{report['architecture']}, {len(report['classes'])} classes",
         "Preset, seed": f"{report['preset']}, {report['seed']}",
         "Images": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report["images"].items()),

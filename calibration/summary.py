@@ -78,6 +78,8 @@ def summarise(
         "preset": config.preset,
         "budget": config.budget if config.preset == "auto" else None,
         "seed": config.seed,
+        "files": opened.digests,
+        "checkpoint_notes": [*suspect.checkpoint.notes, *suspect.notes],
         "architecture": suspect.architecture.name,
         "classes": list(clean.names),
         "promise": asdict(threshold),

@@ -86,6 +86,7 @@ def read_suspect(path: Path, architecture: str | None, num_classes: int | None, 
         notes.append(f"config.json names {claimed.name}, which does not fit the weights.")
     suspect = Suspect(checkpoint, match, _network(match, checkpoint, device), tuple(others), tuple(notes))
     _check_class_count(suspect, num_classes)
+    _check_answer(suspect, device)
     if device.type == "cpu":
         torch.set_num_threads(training_threads(suspect.network, suspect.architecture.size))
     return suspect
@@ -112,6 +113,23 @@ def _claimed(checkpoint: Checkpoint) -> tuple[Architecture | None, list[str]]:
     except ConfigInvalid as problem:
         notes.append(f"The architecture that config.json names cannot be used. {problem.detail}")
     return None, notes
+
+
+@torch.inference_mode()
+def _check_answer(suspect: Suspect, device: torch.device) -> None:
+    """Raises CheckpointMismatch for a network that answers an image with anything but logits: one of the operator's own may."""
+    name, size = suspect.architecture.name, suspect.architecture.size
+    try:
+        given = suspect.network(torch.zeros(1, 3, size, size, device=device))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a foreign network raises
+        if any(_takes(suspect, other) for other in USUAL_SIZES):
+            return
+        raise CheckpointMismatch(f"The network {name} takes no image of {size}x{size} pixels, nor of any usual size: {type(error).__name__}.") from error
+    if not isinstance(given, Tensor) or given.shape != (1, suspect.num_classes):
+        what = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise CheckpointMismatch(f"The network {name} answers an image with {what}, where logits of shape [1, {suspect.num_classes}] are needed.")
 
 
 def _check_class_count(suspect: Suspect, num_classes: int | None) -> None:
@@ -225,7 +243,10 @@ def doubts_on_images(understood: Understood, clean: CleanSet) -> list[Caution]:
         cautions.append(Caution(problem.code.replace("_", "-"), problem.detail))
     if (order := understood.reordering) is not None:
         cautions.append(Caution("class-order", _suggestion(order)))
-    return [*cautions, *checks.contaminated(contradictions(understood, clean).concentrations, len(understood.rows), "clean", clean.names)]
+    found, images = contradictions(understood, clean), len(understood.rows)
+    if (caution := checks.contradicted(len(found.contradictions), images)) is not None:
+        cautions.append(caution)
+    return [*cautions, *checks.contaminated(found.concentrations, images, "clean", clean.names)]
 
 
 def contradictions(understood: Understood, clean: CleanSet) -> Contamination:

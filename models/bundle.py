@@ -182,7 +182,10 @@ def read(folder: Path, device: torch.device = CPU) -> Bundle:
         reference = Reference(kept["nearest"], kept["nearest_scores"]) if "nearest" in kept else None
         return Bundle(manifest["bundle_id"], description, guard, kept["scores"], reference, manifest["record"])
     except ConfigInvalid as problem:
-        raise BundleNotReady(f"The bundle's architecture is not known here. {problem.detail}") from problem
+        name = description.architecture
+        raise BundleNotReady(
+            f"The bundle's architecture, {name}, cannot be had here; BADEXPERT_ARCHITECTURES names those of your own. {problem.detail}"
+        ) from problem
     except (KeyError, RuntimeError) as error:
         raise BundleNotReady("The bundle's weights do not fit the networks that its manifest names.") from error
 

@@ -31,7 +31,7 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 @dataclass(frozen=True)
 class GuardState:
-    """What an operator decides about a guard: `target_fpr` None means the one it was calibrated for.
+    """What an operator decides about a guard: `target_fpr` None means the one that the active version was calibrated for.
 
     highest: the highest version number that is known to have been given, be that version still there or not; 0 in a file from before it was kept.
     The registry counts it: it is not compared, since nobody decides it.
@@ -109,17 +109,23 @@ class Registry:
         return self._read(guard)
 
     def activate(self, guard: str, version: int) -> GuardState:
-        """Make a version the active one. Raises NotFound."""
+        """Make a version the active one, with the target FPR of its own calibration. Raises NotFound."""
         with self._locked(guard):
             self.folder(guard, version)  # under the lock, or it could be deleted before the state names it
             before = self._readable_state(guard) or GuardState()  # activation is the way out of a damaged state
-            return self._write(guard, replace(before, active=version))
+            return self._write(guard, replace(before, active=version, target_fpr=None))
 
-    def configure(self, guard: str, *, mode: Mode | None = None, target_fpr: float | None = None) -> GuardState:
-        """Change the mode, the target FPR, or both; None leaves one as it is."""
+    def deactivate(self, guard: str) -> GuardState:
+        """Make no version the active one. Raises NotFound."""
+        with self._locked(guard):
+            return self._write(guard, replace(self.state(guard), active=None, target_fpr=None))
+
+    def configure(self, guard: str, *, mode: Mode | None = None, target_fpr: float | None = None, own_target: bool = False) -> GuardState:
+        """Change the mode, the target FPR, or both; None leaves one as it is. own_target: take an earlier change of the target back."""
         with self._locked(guard):
             state = self.state(guard)
-            return self._write(guard, replace(state, mode=mode or state.mode, target_fpr=target_fpr or state.target_fpr))
+            target = None if own_target else target_fpr or state.target_fpr
+            return self._write(guard, replace(state, mode=mode or state.mode, target_fpr=target))
 
     def remove(self, guard: str, version: int) -> None:
         """Delete a version for good; its number is not given again. Raises NotFound, or Conflict for the active one."""

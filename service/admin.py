@@ -38,11 +38,16 @@ class Activation(BaseModel):
 
 
 class GuardChange(BaseModel):
-    """What an operator may change without a calibration; what is left out stays."""
+    """What an operator may change without a calibration; what is left out stays. A target FPR holds until a version is activated."""
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
     mode: Literal["enforce", "shadow"] | None = None
-    target_fpr: float | None = Field(None, gt=0, le=MOST_FPR)
+    target_fpr: float | None = Field(None, gt=0, le=MOST_FPR, description="null: the one that the version was calibrated for")
+
+    @property
+    def own_target(self) -> bool:
+        """Whether null was sent for the target FPR, and not nothing."""
+        return "target_fpr" in self.model_fields_set and self.target_fpr is None
 
 
 class JobProgress(BaseModel):
@@ -184,8 +189,13 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
     async def change(request: Request, guard: str) -> GuardView:
         """Change the mode or the target FPR; the validation scores are in the bundle, so nothing is calibrated again."""
         wanted = await read_model(request, GuardChange, admin.json_bytes)
-        await asyncio.to_thread(admin.engine.configure, guard, wanted.mode, wanted.target_fpr)
+        await asyncio.to_thread(admin.engine.configure, guard, wanted.mode, wanted.target_fpr, wanted.own_target)
         return await asyncio.to_thread(views.one, guard)
+
+    @routes.delete("/guards/{guard}/active", status_code=204)
+    async def deactivate(guard: str) -> None:
+        """Serve no version any more, so that each can be deleted; images for this guard are refused from then on."""
+        await asyncio.to_thread(admin.engine.deactivate, guard)
 
     @routes.delete("/guards/{guard}/versions/{version}", status_code=204)
     async def remove(guard: str, version: str) -> None:

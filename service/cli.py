@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +22,15 @@ from service.settings import Settings
 from service.unseen import hide
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A backdoor filter in front of an image classifier.")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False) -> None:
+    if version:
+        typer.echo(f"badexpert {metadata.version('badexpert')}")
+        raise typer.Exit
+
+
 DataDir = Annotated[Path, typer.Option(help="where guards, jobs and uploads are kept")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
 Architecture = Annotated[str | None, typer.Option(help="found from the checkpoint where not given; package.module:factory for one of your own")]
@@ -56,7 +66,7 @@ def calibrate(
 ) -> None:
     """Make a guard out of a suspect checkpoint and a clean set. Stopped, and begun again, it goes on behind its last finished stage."""
     fields: dict[str, Any] = {"name": name, "architecture": architecture, "preset": preset, "budget": budget, "target_fpr": target_fpr}
-    config = _config(CalibrationConfig, **fields, seed=seed, num_classes=num_classes, classes=classes.split(",") if classes else None)
+    config = _config(CalibrationConfig, **fields, seed=seed, num_classes=num_classes, classes=_names(classes))
     _check_exist(checkpoint, clean_set, validation_set)
     try:
         registry = Registry(data_dir / "guards")
@@ -83,7 +93,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print everything that was found as JSON")] = False,
 ) -> None:
     """Say what a checkpoint is: format, architecture, classes, preprocessing, accuracy, and what is suspicious about it."""
-    config = _config(InspectionConfig, architecture=architecture, num_classes=num_classes, classes=classes.split(",") if classes else None)
+    config = _config(InspectionConfig, architecture=architecture, num_classes=num_classes, classes=_names(classes))
     _check_exist(checkpoint, clean_set)
     event = _ask("inspect", config, as_json, checkpoint=checkpoint, clean_set=clean_set, device=device)
     found = event["inspection"]
@@ -101,6 +111,8 @@ def convert(
 ) -> None:
     """Write the weights of a checkpoint, bit for bit, as safetensors: nothing of what else was in the file."""
     _check_exist(checkpoint)
+    if out.is_dir():
+        raise fail(f"{out} is a folder; name the file in it that is to be written.")
     if out.exists() and not force:
         raise fail(f"{out} exists; replace it with --force.")
     if not out.parent.is_dir():
@@ -181,6 +193,10 @@ def _config(kind: type[C], **fields: Any) -> C:
         raise fail(f"--architecture: {problem.detail}") from None
 
 
+def _names(classes: str | None) -> list[str] | None:
+    return [name.strip() for name in classes.split(",")] if classes else None
+
+
 def _check_exist(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.exists():
@@ -194,7 +210,10 @@ def _ask(action: str, config: InspectionConfig | None, as_json: bool, **options:
         command += ["--config", config.model_dump_json(), *([f"--admit={config.architecture}"] if ":" in (config.architecture or "") else [])]
     for name, value in options.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}={value}"]
-    event = _run(command, quiet=as_json)
+    try:
+        event = _run(command, quiet=as_json)
+    except KeyboardInterrupt:
+        raise fail("Stopped." + (" The same command goes on behind the last finished stage." if action == "calibrate" else ""), 130) from None
     if event["event"] == "problem":
         if as_json:
             typer.echo(json.dumps(event, indent=1))
@@ -285,7 +304,7 @@ def _print_inspection(found: dict[str, Any]) -> None:
     else:
         line("Preprocessing", f"{found['preprocessing_text']} (from the {found['preprocessing_from']})")
     if found["accuracy"] is not None:
-        line("Accuracy", f"{found['accuracy']:.1%} of the clean images")
+        line("Accuracy", f"{found['accuracy']:.1%} of {found['accuracy_images']:,} clean images")
         close = found["candidates"][1] if len(found["candidates"]) > 1 and not found["preprocessing_clear"] else None
         if close is not None:
             line("", f"not clearly better than {close['normalisation']} ({close['accuracy']:.1%} right, {-close['evidence']:.1f} nats behind)")

@@ -94,11 +94,18 @@ class Engine:
                 state = self.registry.state(guard)
             except BundleNotReady:  # activation is the way out of a damaged state
                 state = GuardState()
-            live = _with_state(loaded, state)  # raises before anything changes where this version cannot promise the target FPR
+            live = _with_state(loaded, replace(state, target_fpr=None))
             self.registry.activate(guard, version)
             self._serve(live)
             give_back_memory()
             return live
+
+    def deactivate(self, guard: str) -> None:
+        """Serve no version of a guard any more; its requests are refused. Raises NotFound."""
+        with self._swap:
+            self.registry.deactivate(guard)
+            self._live.pop(guard, None)
+        give_back_memory()
 
     def refresh(self, guard: str) -> LiveGuard | None:
         """Take up the operator's present decisions about a guard; loads its active version where it is not the live one."""
@@ -113,8 +120,11 @@ class Engine:
             give_back_memory()
             return live
 
-    def configure(self, guard: str, mode: Mode | None, target_fpr: float | None) -> None:
-        """Change what the operator decided. Raises FprUnreachable, before anything changes, where the validation scores cannot promise the target."""
+    def configure(self, guard: str, mode: Mode | None = None, target_fpr: float | None = None, own_target: bool = False) -> None:
+        """Change what the operator decided. Raises FprUnreachable, before anything changes, where the validation scores cannot promise the target.
+
+        own_target: take back the target that was set, for the one of the calibration.
+        """
         with self._swap:
             self.registry.state(guard)  # NotFound comes before everything else
             live = self._live.get(guard)
@@ -122,7 +132,7 @@ class Engine:
                 if live is None:
                     raise Conflict("The target FPR can be changed while a version is active; activate one first.")
                 conformal_threshold(live.validation_scores, target_fpr)
-            state = self.registry.configure(guard, mode=mode, target_fpr=target_fpr)
+            state = self.registry.configure(guard, mode=mode, target_fpr=target_fpr, own_target=own_target)
             if live is not None:
                 self._serve(_with_state(live, state))
 

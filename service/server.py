@@ -67,7 +67,7 @@ def serve(settings: Settings) -> None:
         backlog=AT_ONCE,  # how long the queue is, the listener decides
     )
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    server = _Server(config, service, f"Serving on {address} (device {device.type}, data in {settings.data_dir})")
+    server = _Server(config, service, f"Serving on {address} (device {device.type}, data in {settings.data_dir}{_openness(settings)})")
     try:
         asyncio.run(server.serve([listener]))
     except SystemExit as error:  # uvicorn's way to say that the app did not start
@@ -145,6 +145,10 @@ def _log_as_json() -> None:
             if isinstance(logger, logging.Logger) and getattr(handler, "stream", None) is sys.stderr:
                 logger.removeHandler(handler)
                 logger.propagate = True
+
+
+def _openness(settings: Settings) -> str:
+    return "" if settings.token("admin") else "; no admin token is set: all programs of this machine may administer"
 
 
 def _admit(settings: Settings) -> None:

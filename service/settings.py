@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import os
 from pathlib import Path
 from typing import Self
 
@@ -10,6 +12,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1024 * 1024
+SCOPES = {"predict": "send images", "metrics": "read metrics"}
 
 
 class Settings(BaseSettings):
@@ -46,11 +49,22 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for scope in ("predict", "admin", "metrics"):
-            self.token(scope)
+        self._check_names()
+        tokens = {scope: self.token(scope) for scope in ("predict", "admin", "metrics")}
+        for scope in ("predict", "metrics"):
+            if tokens["admin"] is not None and tokens[scope] == tokens["admin"]:
+                raise ValueError(f"the {scope} token is the admin token, too: who may {SCOPES[scope]} could administer; make it another one")
         if not self.is_loopback and not (self.token("predict") and self.token("admin")):
             raise ValueError(f"listening on {self.host} needs tokens: set BADEXPERT_PREDICT_TOKEN_FILE and BADEXPERT_ADMIN_TOKEN_FILE, or listen on 127.0.0.1")
         return self
+
+    def _check_names(self) -> None:
+        """A token under a misspelt name would protect nothing. Other names are nobody's business: Kubernetes, for one, makes some up for each service."""
+        prefix = "BADEXPERT_"
+        names = [f"{prefix}{field.upper()}" for field in type(self).model_fields]
+        for name in sorted(os.environ):
+            if name.startswith(prefix) and name not in names and (meant := difflib.get_close_matches(name, names, 1, 0.9)):
+                raise ValueError(f"there is no setting {name}; {meant[0]} is one")
 
     @property
     def own_architectures(self) -> tuple[str, ...]:

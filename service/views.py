@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from models import bundle
 from models.errors import BundleNotReady, Problem
 from models.registry import GuardState
-from service.engine import Engine
+from service.engine import Engine, LiveGuard
 
 
 class GuardVersion(BaseModel):
@@ -35,6 +35,8 @@ class Served(BaseModel):
     version: int
     bundle_id: str
     mode: Literal["enforce", "shadow"]
+    target_fpr: float = Field(description="of this version's calibration, or as it was changed since it was activated")
+    fpr_interval: tuple[float, float] = Field(description="where the share rejected of the next 1,000 clean images lies with 90% probability")
 
 
 class GuardView(BaseModel):
@@ -99,6 +101,11 @@ class GuardViews:
             mode=state.mode if state else None,
             target_fpr=live.threshold.target_fpr if live else None,
             serving=live is not None,
-            served=Served(version=live.version, bundle_id=live.bundle_id, mode=live.mode) if live else None,
+            served=_served(live) if live else None,
             versions=versions,
         )
+
+
+def _served(live: LiveGuard) -> Served:
+    target, interval = live.threshold.target_fpr, live.threshold.interval
+    return Served(version=live.version, bundle_id=live.bundle_id, mode=live.mode, target_fpr=target, fpr_interval=interval)

@@ -270,7 +270,7 @@ class Worker:
             self._metrics.calibrations.labels(state).inc()
         else:
             state = "cancelled"
-        log.info("calibration_ended", job=job.id, state=state, code=outcome.get("code"))
+        log.info("calibration_ended", job=job.id, state=state, code=outcome.get("code") if state == "failed" else None)
         self._forget(job.id)
         self._child = self._current = None
         self._metrics.calibrations_running.set(0)

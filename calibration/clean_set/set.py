@@ -104,7 +104,9 @@ class CleanSet:
             raise CleanSetLabels("All images of the clean set belong to one class; at least two are needed.")
         absent = [names[i] for i in np.flatnonzero(counts == 0)]
         if absent:
-            warnings.append(f"{len(absent):,} of {num_classes:,} classes have no images: {listed(absent)}.")
+            warnings.append(
+                f"{len(absent):,} of {num_classes:,} classes have no images: {listed(absent)}. Much of what the suspect takes for one of them will be rejected."
+            )
         if counts.max() > ONE_CLASS_HOLDS_MOST * len(labels):
             warnings.append(f"{counts.max() / len(labels):.0%} of the images belong to one class, {listed([names[int(counts.argmax())]])}.")
         return replace(self, names=names, labels=labels, warnings=tuple(warnings))

@@ -98,8 +98,8 @@ def _make(name: str, options: Mapping[str, Any]) -> Architecture:
     if name in cifar.NETWORKS:
         return Architecture(name, cifar.NETWORKS[name], 32)
     if name in _own():
-        factory = _own()[name]()
-        return Architecture(name, factory, getattr(factory, "input_size", 224))
+        factory = _loaded(name, _own()[name])
+        return Architecture(name, partial(_built, name, factory), getattr(factory, "input_size", 224))
     library, _, short = name.rpartition("/")
     if library == "transformers":
         if not options:
@@ -162,24 +162,49 @@ def admit(reference: str) -> str:
     """Make `package.module:factory` known under this very name. It imports, so never call it with what came in a request.
 
     `factory(num_classes)` returns an nn.Module from float [N, 3, S, S] to logits [N, num_classes]; its attribute `input_size`, if it has one,
-    is S. Raises ConfigInvalid where it cannot be imported or called.
+    is S, otherwise 224. Raises ConfigInvalid where it cannot be imported, or builds no network.
     """
     module, colon, attribute = reference.partition(":")
     if not colon or not module or not attribute:
         raise ConfigInvalid("An own architecture is written package.module:factory.")
-    try:
-        factory = EntryPoint(attribute, reference, ENTRY_POINTS).load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigInvalid(f"The architecture {reference} cannot be imported: {error}. It must lie in an installed package or on PYTHONPATH.") from error
-    if not callable(factory):
-        raise ConfigInvalid(f"The architecture {reference} is no function of a class count.")
+    factory = _loaded(reference, EntryPoint(attribute, reference, ENTRY_POINTS).load)
+    build_on_meta(lambda: _built(reference, factory, PROBE_CLASSES))
     _admitted[reference] = factory
     return reference
 
 
-def own() -> Iterator[Architecture]:
-    """All architectures of the operator's."""
-    return (get(name) for name in _own())
+def own() -> Iterator[str]:
+    """The names of all architectures of the operator's."""
+    return iter(_own())
+
+
+def _loaded(name: str, load: Callable[[], Any]) -> Factory:
+    """Runs what the operator wrote, which may raise anything."""
+    try:
+        factory = load()
+    except Exception as error:
+        raise ConfigInvalid(f"The architecture {name} cannot be imported: {_said(error)}. It must lie in an installed package or on PYTHONPATH.") from error
+    if not callable(factory):
+        raise ConfigInvalid(f"The architecture {name} is no function of a class count.")
+    made: Factory = factory
+    return made
+
+
+def _built(name: str, factory: Factory, num_classes: int) -> nn.Module:
+    try:
+        network: Any = factory(num_classes)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ConfigInvalid(f"The architecture {name} cannot be built for {num_classes} classes: {_said(error)}.") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigInvalid(f"The architecture {name} is a function that gives {type(network).__name__}, not a torch.nn.Module.")
+    return network
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": .")
 
 
 def _own() -> dict[str, Callable[[], Factory]]:

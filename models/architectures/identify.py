@@ -116,7 +116,7 @@ def _input_size(architecture: Architecture, usual: tuple[int, ...], found: tuple
 
 def _families(tensors: Mapping[str, Tensor]) -> Iterator[Sequence[Architecture]]:
     """Candidates in the order in which they are asked; a family with an exact fit ends the search."""
-    yield list(own())
+    yield list(_available(own()))
     yield [get(name) for name in cifar.NETWORKS]
     # Short names first: what is called `vit_tiny_patch16_224` is better known than others that are the same network.
     entries = sorted(with_keys(tensors), key=lambda entry: ("/" in entry.name, len(entry.name), entry.name))

@@ -30,6 +30,7 @@ CALLS = [
     row("guards", "GET", "/v1/guards", "predict"),
     row("a guard", "GET", GUARD, "predict"),
     row("activate", "PUT", ACTIVE, "admin"),
+    row("deactivate", "DELETE", "/v1/guards/other/active", "admin"),
     row("change", "PATCH", GUARD, "admin"),
     row("remove", "DELETE", GUARD + "/versions/9", "admin"),
     row("upload", "POST", UPLOAD, "admin"),
@@ -55,7 +56,12 @@ def test_every_call_needs_its_scope(guarded: Client, method: str, target: str, s
 
 def test_every_route_is_in_the_table_above(guarded: Client) -> None:
     documented = {(method.upper(), path) for path, methods in guarded("GET", "/openapi.json").json()["paths"].items() for method in methods}
-    named = {"/v1/guards/cifar": "/v1/guards/{guard}", "/calibrations/x": "/calibrations/{calibration}", "/versions/9": "/versions/{version}"}
+    named = {
+        "/v1/guards/cifar": "/v1/guards/{guard}",
+        "/v1/guards/other": "/v1/guards/{guard}",
+        "/calibrations/x": "/calibrations/{calibration}",
+        "/versions/9": "/versions/{version}",
+    }
     listed = set()
     for call in CALLS:
         method, target, _ = call.values

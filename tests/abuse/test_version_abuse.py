@@ -60,12 +60,36 @@ def test_d13_an_unknown_version_is_not_found(client: Client) -> None:
     assert_problem(client.json("PUT", ACTIVE, '{"version": 2}'), 404, "not_found")
 
 
-def test_p11_a_version_that_cannot_promise_the_target_in_force_does_not_become_active(tmp_path: Path, registry: Registry) -> None:
-    publish(registry, images=20)
+def test_p11_a_target_that_was_changed_is_in_the_way_of_no_other_version(tmp_path: Path, registry: Registry) -> None:
+    publish(registry, images=20)  # too few for the target that is in force then
     with serving(make_service(tmp_path, registry=registry)) as client:
-        assert client.json("PATCH", GUARD, '{"target_fpr": 0.01}').json()["target_fpr"] == 0.01
-        assert_problem(client.json("PUT", ACTIVE, '{"version": 2}'), 422, "fpr_unreachable")
-        assert (client("GET", GUARD).json()["active"], client.predict(png()).json()["version"]) == (1, 1)
+        assert client.json("PATCH", GUARD, '{"target_fpr": 0.01}').json()["served"]["target_fpr"] == 0.01
+        activated = client.json("PUT", ACTIVE, '{"version": 2}').json()
+        (calibrated,) = (version for version in activated["versions"] if version["version"] == 2)
+        assert activated["target_fpr"] == activated["served"]["target_fpr"] == calibrated["target_fpr"]
+        assert activated["served"]["fpr_interval"] == calibrated["fpr_interval"]
+        assert client.predict(png()).json()["version"] == 2
+
+
+def test_a_target_that_was_changed_is_told_with_its_interval_and_can_be_taken_back(client: Client) -> None:
+    before = client("GET", GUARD).json()
+    changed = client.json("PATCH", GUARD, '{"target_fpr": 0.01}').json()
+    assert changed["served"]["target_fpr"] == 0.01
+    assert changed["served"]["fpr_interval"] != before["served"]["fpr_interval"]
+    assert client.json("PATCH", GUARD, '{"mode": "shadow"}').json()["target_fpr"] == 0.01
+    back = client.json("PATCH", GUARD, '{"mode": "enforce", "target_fpr": null}').json()
+    assert back == before
+
+
+def test_a_guard_can_be_taken_out_of_service_and_deleted(tmp_path: Path, registry: Registry) -> None:
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        assert client("DELETE", ACTIVE).status_code == 204
+        view = client("GET", GUARD).json()
+        assert (view["active"], view["serving"], view["served"]) == (None, False, None)
+        assert_problem(client.predict(png()), 503, "no_active_bundle")
+        assert client("DELETE", GUARD + "/versions/1").status_code == 204
+        assert_problem(client("GET", GUARD), 404, "not_found")
+        assert_problem(client("DELETE", ACTIVE), 404, "not_found")
 
 
 def test_p2_after_a_swap_everything_in_an_answer_is_of_the_new_bundle(tmp_path: Path, registry: Registry) -> None:
@@ -228,7 +252,7 @@ def test_the_view_tells_what_is_served_where_what_was_decided_cannot_be_read(tmp
         view = client("GET", GUARD).json()
         assert (view["active"], view["mode"], view["serving"]) == (None, None, True)
         answer = client.predict(png()).json()
-        assert view["served"] == {"version": answer["version"], "bundle_id": answer["bundle_id"], "mode": answer["mode"]}
+        assert {name: view["served"][name] for name in ("version", "bundle_id", "mode")} == {name: answer[name] for name in ("version", "bundle_id", "mode")}
         assert answer["mode"] == "shadow"
 
 

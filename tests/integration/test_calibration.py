@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
@@ -92,6 +93,8 @@ def test_the_preprocessing_and_architecture_are_found_and_the_report_says_so(cal
     assert report["clean_accuracy"]["auxiliary"] > 0.5
     assert max(report["clean_accuracy"]["experts"]) < 0.5
     assert report["promise"]["n"] == report["images"]["validation"] >= 99
+    assert report["files"]["checkpoint"] == hashlib.sha256(BADNET.read_bytes()).hexdigest()
+    assert set(report["files"]) == {"checkpoint", "clean_set"}
 
 
 def test_a_forwarded_prediction_is_exactly_the_suspects_own(calibrated: tuple[Path, Result]) -> None:

@@ -141,3 +141,11 @@ def test_what_was_looked_at_for_triggers_is_said() -> None:
     (found,) = checks.contaminated([Concentration(1, 12, 4)], 800, "validation", ("cat", "dog"))
     assert found.code == "contamination"
     assert found.detail.startswith("12 of 800 validation images, of 4 other classes, are surely dog to the suspect.")
+
+
+@pytest.mark.parametrize(("count", "told"), [(0, False), (64, False), (65, True)])
+def test_it_is_told_where_the_suspect_contradicts_many_labels(count: int, told: bool) -> None:
+    found = checks.contradicted(count, 256)
+    assert (found is not None) == told
+    if found is not None:
+        assert "Of 256 clean images the suspect is sure that 65 are of another class" in found.detail

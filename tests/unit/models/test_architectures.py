@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -153,12 +155,23 @@ def make(num_classes):
 
 make.input_size = 40
 nothing = 7
+
+def without_a_count():
+    return make(10)
+
+def no_module(num_classes):
+    return {"layers": []}
+
+def raising(num_classes):
+    raise KeyError("no such layer")
 """
 
 
 @pytest.fixture
 def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "operators_networks.py").write_text(OWN)
+    (tmp_path / "operators_slip.py").write_text("def make(:\n")
+    (tmp_path / "operators_fault.py").write_text("raise OSError('no such disk')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("models.architectures.catalogue._admitted", {})
     sys.modules.pop("operators_networks", None)
@@ -177,7 +190,32 @@ def test_an_architecture_of_the_operators_is_known_once_it_was_admitted(own_pack
     assert architectures.identify(state, own_package)[0].fit.num_classes == 3
 
 
-@pytest.mark.parametrize("reference", ["nowhere", "nowhere:make", "operators_networks:missing", "operators_networks:nothing", ":make", "operators_networks:"])
-def test_what_cannot_be_admitted_is_refused_with_a_reason(own_package: str, reference: str) -> None:
-    with pytest.raises(ConfigInvalid):
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("nowhere", "package.module:factory"),
+        (":make", "package.module:factory"),
+        ("operators_networks:", "package.module:factory"),
+        ("nowhere:make", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ("operators_networks:missing", "cannot be imported: AttributeError"),
+        ("operators_slip:make", "cannot be imported: SyntaxError"),
+        ("operators_fault:make", "cannot be imported: OSError: no such disk"),
+        ("operators_networks:nothing", "no function of a class count"),
+        ("operators_networks:without_a_count", "cannot be built for 7919 classes: TypeError: without_a_count"),
+        ("operators_networks:raising", "cannot be built for 7919 classes: KeyError: 'no such layer'"),
+        ("operators_networks:no_module", "gives dict, not a torch.nn.Module"),
+    ],
+)
+def test_what_cannot_be_admitted_is_refused_with_a_reason(own_package: str, reference: str, reason: str) -> None:
+    with pytest.raises(ConfigInvalid, match=re.escape(reason)):
         architectures.admit(reference)
+
+
+def test_a_faulty_entry_point_is_in_the_way_of_no_other_network(own_package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = EntryPoint("faulty", "operators_fault:make", "badexpert.architectures")
+    good = EntryPoint("good", own_package, "badexpert.architectures")
+    monkeypatch.setattr("models.architectures.catalogue._installed", lambda: (faulty, good))
+    assert fitting(NETWORKS["resnet20"](10).state_dict()) == [("resnet20", 10)]
+    assert fitting(architectures.get("good").build(3).state_dict()) == [("good", 3)]
+    with pytest.raises(ConfigInvalid, match="no such disk"):
+        architectures.get("faulty")

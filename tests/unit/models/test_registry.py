@@ -133,6 +133,29 @@ def test_a_new_version_is_not_active_until_it_is_activated(tmp_path: Path) -> No
     assert Registry(tmp_path).state("cars") == GuardState(1, "shadow", 0.02)
 
 
+def test_a_changed_target_holds_until_a_version_is_activated_or_it_is_taken_back(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+    publish(registry)
+    registry.activate("cars", 1)
+    registry.configure("cars", target_fpr=0.02)
+    assert registry.configure("cars", mode="shadow") == GuardState(1, "shadow", 0.02)
+    assert registry.activate("cars", 2) == GuardState(2, "shadow", None)
+    registry.configure("cars", target_fpr=0.02)
+    assert registry.configure("cars", own_target=True) == GuardState(2, "shadow", None)
+
+
+def test_what_is_no_longer_active_can_be_deleted(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+    registry.activate("cars", 1)
+    assert registry.deactivate("cars") == GuardState(None)
+    registry.remove("cars", 1)
+    assert registry.versions("cars") == []
+    with pytest.raises(NotFound):
+        registry.deactivate("cars")
+
+
 def test_an_abandoned_staging_folder_is_never_a_version(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     with contextlib.suppress(RuntimeError), registry.staging() as folder:

@@ -24,6 +24,33 @@ def test_on_loopback_no_token_is_needed(host: str) -> None:
     assert Settings(host=host).token("admin") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("BADEXPERT_ADMIN_TOKEN_FIEL", "BADEXPERT_ADMIN_TOKEN_FILE"),
+        ("BADEXPERT_PREDICT_TOKN", "BADEXPERT_PREDICT_TOKEN"),
+        ("BADEXPERT_DEADLINE_SECOND", "BADEXPERT_DEADLINE_SECONDS"),
+    ],
+)
+def test_f8_a_setting_under_a_misspelt_name_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    monkeypatch.setenv(name, "whatever")
+    with pytest.raises(ValidationError, match=f"there is no setting {name}; {meant} is one"):
+        Settings()
+
+
+@pytest.mark.parametrize("name", ["BADEXPERT_DATA", "BADEXPERT_MEMORY", "BADEXPERT_SERVICE_HOST", "BADEXPERT_PORT_8080_TCP", "BADEXPERT_SERVICE_PORT", "OTHER"])
+def test_what_others_call_so_is_their_own(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "whatever")
+    assert Settings().port == 8080
+
+
+@pytest.mark.parametrize("scope", ["predict", "metrics"])
+def test_f8_who_may_less_has_no_admin_token(scope: str) -> None:
+    with pytest.raises(ValidationError, match=f"the {scope} token is the admin token, too"):
+        Settings(**{"predict_token": "predict-secret", "admin_token": "admin-secret", f"{scope}_token": "admin-secret"})
+    assert Settings(predict_token="one-for-both", metrics_token="one-for-both", admin_token="admin-secret").token("metrics") == "one-for-both"
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "guard.example", "", "127.0.0.1.example"])
 @pytest.mark.parametrize(
     "tokens",

@@ -1,0 +1,69 @@
+"""A suspect is a network that answers images with logits; what is anything else is refused before it costs anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from calibration.suspect import read_suspect
+from models import architectures
+from models.errors import CheckpointMismatch
+
+OWN = """
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        return self.head(images.mean((2, 3)))
+
+class Pair(Network):
+    def forward(self, images):
+        return super().forward(images), images
+
+class Named(Network):
+    def forward(self, images):
+        return {"logits": super().forward(images)}
+
+class Map(Network):
+    def forward(self, images):
+        return images
+
+class Broken(Network):
+    def forward(self, images):
+        raise KeyError("layer4")
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "operators_answers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("models.architectures.catalogue._admitted", {})
+    monkeypatch.setattr("models.architectures.catalogue._get", architectures.get.__globals__["_get"].__wrapped__)  # keeps none of these
+    sys.modules.pop("operators_answers", None)
+    save_file({f"head.{name}": value for name, value in nn.Linear(3, 5).state_dict().items()}, tmp_path / "own.safetensors")
+    return tmp_path / "own.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [("Pair", "an image with tuple"), ("Named", "an image with dict"), ("Map", r"shape \[1, 3, 224, 224\], where"), ("Broken", "takes no image of")],
+)
+def test_a_network_that_gives_no_logits_is_refused(checkpoint: Path, network: str, said: str) -> None:
+    name = architectures.admit(f"operators_answers:{network}")
+    with pytest.raises(CheckpointMismatch, match=said):
+        read_suspect(checkpoint, name, None, torch.device("cpu"))
+
+
+def test_one_that_does_is_taken(checkpoint: Path) -> None:
+    name = architectures.admit("operators_answers:Network")
+    assert read_suspect(checkpoint, name, None, torch.device("cpu")).num_classes == 5

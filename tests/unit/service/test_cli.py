@@ -1,0 +1,57 @@
+"""What the command line says of itself, of wrong options, and where somebody stops it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from service import cli
+
+EXAMPLES = Path(__file__).parent.parent.parent.parent / "examples"
+SUSPECT, CLEAN_SET = str(EXAMPLES / "suspect_badnet.safetensors"), str(EXAMPLES / "clean_set.zip")
+CALIBRATE = ["calibrate", "--checkpoint", SUSPECT, "--clean-set", CLEAN_SET, "--name", "demo"]
+
+
+def test_it_tells_its_version() -> None:
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert (done.exit_code, done.stdout.split()[0]) == (0, "badexpert")
+    assert done.stdout.split()[1][0].isdigit()
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["convert", SUSPECT, str(tmp_path), "--force"])
+    assert done.exit_code == 1
+    assert "is a folder; name the file" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(CALIBRATE, "goes on behind the last finished stage"), (["inspect", SUSPECT], "Stopped.")])
+def test_who_stops_it_is_told_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], said: str) -> None:
+    def stopped(command: list[str], quiet: bool) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    done = CliRunner().invoke(cli.app, [*arguments, *(["--data-dir", str(tmp_path)] if arguments is CALIBRATE else [])])
+    assert done.exit_code == 130
+    assert said in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_the_process_that_it_started_ends_without_a_trace(tmp_path: Path) -> None:
+    options = [f"--checkpoint={SUSPECT}", f"--clean-set={CLEAN_SET}", '--config={"name": "demo"}', f"--data-dir={tmp_path}", "--device=cpu"]
+    command = [sys.executable, "-m", "calibration", "calibrate", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.readline()  # it is at work
+        child.send_signal(signal.SIGINT)
+        assert (child.wait(60), child.stderr.read()) == (130, "")
+
+
+def test_blanks_around_class_names_are_nobodys() -> None:
+    assert cli._names("cat, dog ,night owl") == ["cat", "dog", "night owl"]
+    assert cli._names(None) is None

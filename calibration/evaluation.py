@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from calibration.clean_set import Limits, open_clean_set
+from calibration.clean_set import Limits, named, open_clean_set
 from calibration.figures import Scored, figures
 from models import bundle
 from models.bundle import Bundle
-from models.errors import CleanSetProblem, ConfigInvalid
+from models.errors import ConfigInvalid
 from models.threshold import conformal_threshold, rejections_expected
 
 CHUNK = 256  # images decoded at a time
@@ -65,7 +65,7 @@ def evaluate_guard(
 def _scored(guarded: Bundle, path: Path, kind: str, reading: Callable[[], AbstractContextManager[None]]) -> tuple[Scored, list[str]]:
     """All images of a file as the guard sees them, wanted being their labels; and what was forgiven about the file."""
     description, judged = guarded.description, []
-    try:
+    with named(kind):
         with reading():
             opened = open_clean_set(path, Limits(min_images=1))
             images = opened.labelled_by(description.num_classes, description.class_names, least_classes=1)
@@ -73,8 +73,6 @@ def _scored(guarded: Bundle, path: Path, kind: str, reading: Callable[[], Abstra
             with reading():
                 pixels = torch.stack([description.preprocessing.pixels(image) for image in images.images(range(first, min(first + CHUNK, len(images))))])
             judged.append(guarded.guard.judge(pixels))
-    except CleanSetProblem as problem:
-        raise type(problem)(f"In the {kind}: {problem.detail}") from problem
     score, prediction = (torch.cat([getattr(part, name) for part in judged]) for name in ("score", "prediction"))
     warnings = [f"In the {kind}: {warning}" for warning in opened.warnings]  # not those of `images`: absent classes are no fault here
     return Scored(score, prediction, torch.from_numpy(images.labels)), warnings

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calibration.clean_set import CleanSet, Limits, open_clean_set
+from calibration.clean_set import CleanSet, Limits, named, open_clean_set
 from calibration.config import CalibrationConfig
 from calibration.finetune import Advance, LabelledPixels
 from calibration.recipes import AutoRecipe, paper_recipe
@@ -103,7 +103,8 @@ def _read(config: CalibrationConfig, inputs: Inputs, device: torch.device, advan
         parts = split(clean.labels, clean.groups, config.target_fpr, held_back, config.seed)
         _refuse_too_few(parts)
         return Opened(suspect, clean, clean, parts, clean.warnings)
-    validation = _labelled(inputs.validation_set, config, suspect)
+    with named("validation set"):
+        validation = _labelled(inputs.validation_set, config, suspect)
     conformal_threshold(torch.zeros(len(validation)), config.target_fpr)  # raises now, not after minutes of training, where it is out of reach
     rows, told = _not_among(validation, clean)
     parts = Parts(*hold_back(rows, clean.labels, clean.groups, held_back, config.seed), np.arange(len(validation)))

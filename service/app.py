@@ -22,6 +22,7 @@ from service import admin, predict
 from service.auth import Authenticator
 from service.auth import Scope as TokenScope
 from service.batcher import BatchDone, Batcher
+from service.docs import add_docs
 from service.engine import Engine, LiveGuard, Outcome
 from service.envelope import METHODS, Door, Envelope, Health
 from service.errors import Draining, FieldsInvalid, JobsUnavailable, NotReady, from_http, render
@@ -180,16 +181,15 @@ class Service:
         self._device.shutdown(wait=False, cancel_futures=True)
 
     def _api(self) -> FastAPI:
-        docs = self.settings.docs
         app = FastAPI(
             title="BaDExpert Guard",
             description="A backdoor filter in front of an image classifier that somebody else trained.",
             version="0.1.0",
             lifespan=self._lifespan,
             redirect_slashes=False,
-            docs_url="/docs" if docs else None,
+            docs_url=None,
             redoc_url=None,
-            openapi_url="/openapi.json" if docs else None,
+            openapi_url=None,
             exception_handlers={Problem: _on_problem, HTTPException: _on_http, RequestValidationError: _on_validation},
         )
         app.include_router(predict.router(self.judge, GuardViews(self.engine)))
@@ -197,6 +197,8 @@ class Service:
             admin.router(admin.Admin(self.engine, self.jobs, self.worker, self.settings.upload_bytes, self.settings.json_bytes), self.authenticator)
         )
         self._add_operations(app)
+        if self.settings.docs:
+            add_docs(app)
         app.add_middleware(Envelope, metrics=self.metrics, health=self.health)
         return app
 

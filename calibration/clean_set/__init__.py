@@ -6,6 +6,6 @@ calibration. Nothing is ever extracted to disk and nothing in a file is executed
 
 from calibration.clean_set.limits import Limits
 from calibration.clean_set.opening import open_clean_set
-from calibration.clean_set.set import CleanSet
+from calibration.clean_set.set import CleanSet, named
 
-__all__ = ["CleanSet", "Limits", "open_clean_set"]
+__all__ = ["CleanSet", "Limits", "named", "open_clean_set"]

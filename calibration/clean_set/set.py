@@ -6,6 +6,7 @@ Owns the mapping from the class names that were found to the classes of the susp
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from PIL import Image
 from calibration.clean_set.container import listed
 from calibration.clean_set.duplicates import repeated
 from calibration.clean_set.layout import is_integer
-from models.errors import CleanSetLabels
+from models.errors import CleanSetLabels, CleanSetProblem
 
 ONE_CLASS_HOLDS_MOST = 0.8
 
@@ -29,6 +30,15 @@ class Images(Protocol):
     def name(self, index: int) -> str: ...
 
     def image(self, index: int) -> Image.Image: ...
+
+
+@contextmanager
+def named(kind: str) -> Iterator[None]:
+    """Within the block a problem with a clean set tells which one it is about."""
+    try:
+        yield
+    except CleanSetProblem as problem:
+        raise type(problem)(f"In the {kind}: {problem.detail}") from problem
 
 
 @dataclass(frozen=True)
@@ -92,10 +102,9 @@ class CleanSet:
                     "(1, 10, 2) has another order: pass classes for it."
                 )
         elif len(self.names) != num_classes:
-            raise CleanSetLabels(
-                f"The clean set has {len(self.names):,} classes and the suspect {num_classes:,}; "
-                "pass classes, the suspect's class names in order, if some are missing here."
-            )
+            few = len(self.names) < num_classes
+            what = "pass classes, the suspect's class names in order, if some are missing here" if few else "leave out images of classes that it does not know"
+            raise CleanSetLabels(f"The clean set has {len(self.names):,} classes and the suspect {num_classes:,}; {what}.")
         else:
             targets, names = list(range(num_classes)), self.names
         labels = np.array(targets, np.int64)[self.labels]

@@ -17,7 +17,7 @@ from calibration import checks
 from calibration.config import CalibrationConfig
 from calibration.material import PIXEL_BYTES, Inputs, Opened, affordable, read
 from calibration.split import Parts
-from models.errors import CleanSetDegenerate, FprUnreachable
+from models.errors import CleanSetDegenerate, CleanSetSize, FprUnreachable
 from models.threshold import conformal_threshold
 
 EXAMPLES = Path(__file__).parent.parent.parent.parent / "examples"
@@ -84,6 +84,13 @@ def test_where_hardly_anything_is_left_to_train_with_that_is_said(monkeypatch: p
     config = CalibrationConfig.model_validate({"name": "guard", "target_fpr": 0.05})
     with pytest.raises(CleanSetDegenerate, match="left to train with"):
         read(config, Inputs(EXAMPLES / "suspect_badnet.safetensors", lights(100, 5, tmp_path / "clean.zip")), torch.device("cpu"))
+
+
+def test_a_validation_set_that_cannot_be_used_is_told_from_the_clean_set(tmp_path: Path) -> None:
+    config = CalibrationConfig.model_validate({"name": "guard"})
+    inputs = Inputs(EXAMPLES / "suspect_badnet.safetensors", EXAMPLES / "clean_set.zip", lights(20, 1, tmp_path / "validation.zip"))
+    with pytest.raises(CleanSetSize, match=r"^In the validation set: The clean set has 20 images"):
+        read(config, inputs, torch.device("cpu"))
 
 
 def test_no_caution_where_nothing_was_left_out() -> None:

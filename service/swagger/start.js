@@ -1,0 +1,6 @@
+SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#calls",
+  deepLinking: true,
+  validatorUrl: null, // would ask a server elsewhere
+});

@@ -1,0 +1,52 @@
+"""/docs shows all calls and runs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from service import docs
+from tests.support import Client, make_service, serving
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    with serving(make_service(tmp_path_factory.mktemp("data"))) as found:
+        yield found
+
+
+def test_the_page_loads_only_what_this_server_has(client: Client) -> None:
+    page = client("GET", "/docs")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert sorted(loaded) == ["docs/start.js", "docs/swagger-ui-bundle.js", "docs/swagger-ui.css"]
+    for name in loaded:
+        answer = client("GET", f"/{name}")
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].split(";")[0] == ("text/css" if name.endswith("css") else "text/javascript")
+    assert "<script>" not in page.text  # the policy would not let it run
+
+
+@pytest.mark.parametrize("path", ["/docs/nothing.js", "/docs/../settings.py", "/docs/%2e%2e/settings.py", "/docs/", "/redoc"])
+def test_beside_them_there_is_nothing(client: Client, path: str) -> None:
+    assert client("GET", path).status_code == 404
+
+
+def test_every_call_tells_of_tokens_and_problems(client: Client) -> None:
+    found = client("GET", "/openapi.json").json()
+    assert found["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    calls = [call for methods in found["paths"].values() for call in methods.values()]
+    assert len(calls) > 15
+    for call in calls:
+        assert {"token": []} in call["security"]
+        assert call["responses"]["default"] == {"$ref": "#/components/responses/Problem"}
+        assert "422" not in call["responses"]
+    assert "HTTPValidationError" not in str(found)
+
+
+def test_all_files_are_installed_with_the_package() -> None:
+    pattern = (Path(docs.__file__).parent.parent / "pyproject.toml").read_text()
+    assert 'service = ["swagger/*"]' in pattern
+    assert {"swagger-ui-bundle.js", "swagger-ui.css", "LICENSE", "NOTICE", "index.html", "start.js"} <= {path.name for path in docs.FILES.iterdir()}

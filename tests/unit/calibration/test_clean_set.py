@@ -26,6 +26,8 @@ from models.errors import CleanSetDegenerate, CleanSetFormat, CleanSetInvalid, C
 FEW = Limits(min_images=24)
 Files = dict[str, bytes]
 
+LOST = "Much of what the suspect takes for one of them will be rejected."
+
 
 def pixels(seed: int, side: int = 12) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -155,7 +157,7 @@ def test_an_empty_class_folder_counts_as_a_class(tmp_path: Path) -> None:
     clean = open_clean_set(write_zip(tmp_path / "z", {"w/bee/": b"", **folders(below="w/")}), FEW).labelled_by(4)
     assert clean.names == ("bee", "cat", "dog", "eel")
     assert clean.labels.min() == 1
-    assert "1 of 4 classes have no images: 'bee'." in clean.warnings
+    assert f"1 of 4 classes have no images: 'bee'. {LOST}" in clean.warnings
 
 
 def test_a_zip64_archive_written_to_a_stream_is_read(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_names_are_mapped_by_the_ordered_classes_of_the_suspect(tmp_path: Path) 
     clean = clean_set(tmp_path, ("cat", "dog")).labelled_by(4, ["dog", "eel", "cat", "fox"])
     assert clean.names == ("dog", "eel", "cat", "fox")
     assert set(clean.labels) == {0, 2}
-    assert clean.warnings == ("2 of 4 classes have no images: 'eel', 'fox'.",)
+    assert clean.warnings == (f"2 of 4 classes have no images: 'eel', 'fox'. {LOST}",)
 
 
 def test_names_unknown_to_the_suspect_are_listed_with_those_it_knows(tmp_path: Path) -> None:

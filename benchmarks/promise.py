@@ -1,8 +1,8 @@
 """Whether the promised rate of false rejections is kept: `python -m benchmarks.promise`.
 
-A guard is calibrated on the clean set of the evaluation; all test images that trained nothing of it are scored. They are then divided at random: some set the
-threshold, the rest are judged. Counted is how often the rate among these lies in the interval that was promised to hold with 90%, in the first 200 divisions
-and in a thousand: chance alone makes 200 scatter by two points and more.
+A guard is calibrated on the clean set of the evaluation; all test images that trained nothing of it are scored. Then some are drawn at random, which set the
+threshold, and others, as many as the promise is about, are judged by it. Counted is how often the rate among these lies in the interval that was promised to
+hold with 90%, in the first 200 draws and in a thousand: chance alone makes 200 scatter by two points and more.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from benchmarks.data import DATASETS, Split, divide, test_images
 from benchmarks.detectors.guard import BadExpertGuard
 from benchmarks.detectors.interface import Observed
 from benchmarks.zoo import ROOT, Entry, Suspect, load
-from models.threshold import conformal_threshold
+from models.threshold import COUNTED, conformal_threshold
 
 RESULTS = Path(__file__).parent / "results" / "promise.json"
 SIZES, TARGETS, FEW, DIVISIONS = (200, 500, 2000), (0.005, 0.01, 0.05), 200, 1000
 
 
 def divided(scores: Tensor, n: int, target: float, divisions: int = DIVISIONS) -> dict[str, Any]:
-    """How often the promise was kept where n of the scores, float64 [N], set the threshold and the others were judged by it."""
+    """How often the promise was kept where n of the scores, float64 [N], set the threshold and COUNTED others were judged by it."""
     source, rates, told = torch.Generator().manual_seed(n), [], []
     for _ in range(divisions):
         order = torch.randperm(len(scores), generator=source)
-        threshold, judged = conformal_threshold(scores[order[:n]], target), scores[order[n:]]
+        threshold, judged = conformal_threshold(scores[order[:n]], target), scores[order[n : n + COUNTED]]
         rates.append(threshold.rejects(judged).double().mean().item())
         told.append(threshold.interval[0] <= rates[-1] <= threshold.interval[1])
     figures = {"mean_rate": sum(rates) / divisions, "within": sum(told) / divisions, "within_few": sum(told[:FEW]) / FEW}

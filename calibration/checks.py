@@ -111,7 +111,7 @@ def contaminated(found: Sequence[Concentration], images: int, kind: str, names: 
         Caution(
             "contamination",
             f"{each.count} of {images} {kind} images, of {each.labels} other classes, are surely {clean_name(names[each.predicted])} to the suspect. "
-            "Look at them: triggers among them would show so.",
+            f"Look at them: triggers in the {kind} set would show so.",
         )
         for each in found
     ]

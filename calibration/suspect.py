@@ -20,7 +20,7 @@ from calibration.split import Rows
 from models import architectures
 from models.architectures import Architecture, Match
 from models.architectures.huggingface import rename
-from models.checkpoint import Checkpoint, clean_name, listed, load_weights, read_checkpoint
+from models.checkpoint import Checkpoint, listed, load_weights, read_checkpoint
 from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, Problem, SuspectModelUseless
 from models.guard import answer
 from models.parallel import training_threads
@@ -266,7 +266,7 @@ def refuse_disorder(understood: Understood) -> None:
 
 
 def _suggestion(order: Reordering) -> str:
-    names = ",".join(clean_name(name) for name in order.names)
+    names = ",".join("".join(each if each.isprintable() else "?" for each in name) for name in order.names)  # as they are, to be given back
     few = f" The classes that differ: {listed(order.moved)}." if len(order.moved) < len(order.names) else ""
     return (
         f"The labels seem to be in this other order: the suspect gets {order.accuracy:.1%} of the clean images right with it, and {order.given:.1%} with the "

@@ -202,11 +202,11 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
     if promises:
         lines += [
             *("", "## The promised rate of false rejections", ""),
-            "Written by `python -m benchmarks.promise`. Of clean test images, n drawn at random set the threshold and 1,000 others are judged by it, 1,000 times.",
+            "Written by `python -m benchmarks.promise`. 1,000 times, n clean test images drawn at random set the threshold, and 1,000 others are judged by it.",
             "Promised is an interval in which the rate among the next 1,000 images lies with 90% probability. It is kept if nine draws in ten lie in it;",
             "by chance alone, 200 of them scatter by two points and more. What is drawn at random is like what set the threshold: this tells whether the",
-            "arithmetic and the scores, which may tie, keep the promise, not whether tomorrow's images are like the clean set, nor what several images of one scene",
-            "cost ([repeated-images](checks.md#repeated-images)).",
+            "arithmetic and the scores, which may tie, keep the promise, not whether tomorrow's images are like the clean set, nor what several images of one",
+            "scene cost ([repeated-images](checks.md#repeated-images)).",
             *("", *table_of_promises(promises)),
         ]
     lines += [*tuning.canaries(planted), *tuning.few_images(few)]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import records
-from benchmarks.data import TARGET, partition, test_images
+from benchmarks.data import DATASETS, TARGET, partition, test_images
 from benchmarks.evaluate import triggered
 from benchmarks.zoo import ROOT, Entry, load
 from calibration.config import CalibrationConfig
@@ -62,10 +62,11 @@ def measure(which: Entry, size: int, device: torch.device, zoo: Path = ROOT) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=["all", *DATASETS], default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print, and leave the record in git as it is")
     args = parser.parse_args()
-    for (dataset, attack), size in product(SUSPECTS, SIZES):
+    for (dataset, attack), size in product([each for each in SUSPECTS if args.dataset in ("all", each[0])], SIZES):
         record = measure(Entry(dataset, "resnet20", attack), size, torch.device(args.device))
         print(json.dumps(record), flush=True)
         if not args.json:

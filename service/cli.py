@@ -161,14 +161,14 @@ def evaluate(
 
 
 def _version_of(guard: str, version: int | None, data_dir: Path) -> tuple[Path, float | None]:
-    """The folder of the version that is asked for, and the target FPR that is in force for its guard."""
+    """The folder of the version that is asked for, and the target FPR that is in force where it is not the one of its calibration."""
     if not (data_dir / "guards").is_dir():
         raise fail(f"There are no guards in {data_dir}; name another folder with --data-dir.")
     try:
         registry = Registry(data_dir / "guards")
         state = registry.state(guard)
         chosen = version if version is not None else state.active or max(registry.versions(guard))
-        return registry.folder(guard, chosen), state.target_fpr
+        return registry.folder(guard, chosen), state.target_fpr if chosen == state.active else None
     except Problem as problem:
         known = ", ".join(registry.guards()) or "none"
         raise fail(f"{problem.detail} The guards in {data_dir} are: {known}; name another folder with --data-dir.") from None

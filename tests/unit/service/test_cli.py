@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service import cli
+from tests.support import make_registry, publish
 
 EXAMPLES = Path(__file__).parent.parent.parent.parent / "examples"
 SUSPECT, CLEAN_SET = str(EXAMPLES / "suspect_badnet.safetensors"), str(EXAMPLES / "clean_set.zip")
@@ -55,3 +56,12 @@ def test_the_process_that_it_started_ends_without_a_trace(tmp_path: Path) -> Non
 def test_blanks_around_class_names_are_nobodys() -> None:
     assert cli._names("cat, dog ,night owl") == ["cat", "dog", "night owl"]
     assert cli._names(None) is None
+
+
+def test_a_changed_target_is_that_of_the_active_version(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path)
+    publish(registry)
+    registry.configure("cifar", target_fpr=0.1)
+    home = registry.folder("cifar", 1).parent
+    assert cli._version_of("cifar", None, tmp_path) == (home / "1", 0.1)
+    assert cli._version_of("cifar", 2, tmp_path) == (home / "2", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibration.canary import Planted
 from calibration.labels import Concentration
-from models.checkpoint import Checkpoint, clean_name
+from models.checkpoint import Checkpoint, clean_name, listed
 from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choose
 
 LEAST_RANK = 3  # of the threshold among validation scores
@@ -57,6 +57,16 @@ def repeated_images(scenes: int, n: int) -> Caution | None:
     """Images that nearly repeat one another are judged alike, and tell less of the next one than the promise takes them to."""
     if scenes < 0.9 * n:
         return Caution("repeated-images", f"The {n} validation images show {scenes} different scenes; the promise counts every image as one of its own.")
+    return None
+
+
+def unvalidated_classes(validation: Tensor, fit: Tensor, names: Sequence[str]) -> Caution | None:
+    """Classes of which no image sets the threshold, though some train. Labels, int64 [n] each."""
+    images, trained = (torch.bincount(each, minlength=len(names)) for each in (validation, fit))
+    missing = torch.nonzero((images == 0) & (trained > 0)).flatten().tolist()
+    if missing:
+        shown = listed([names[label] for label in missing])
+        return Caution("unvalidated-classes", f"{len(missing)} of {len(names)} classes have no validation images: {shown}. The promise says nothing of them.")
     return None
 
 

@@ -13,11 +13,9 @@ import torch
 
 from calibration.clean_set import open_clean_set
 from calibration.config import InspectionConfig
-from calibration.suspect import Suspect, contradictions, doubts, doubts_on_images, named_classes, read_suspect, understand
+from calibration.suspect import Suspect, by_name, contradictions, doubts, doubts_on_images, named_classes, read_suspect, understand
 from models.checkpoint import read_checkpoint
 from models.durable import write_file
-
-MOST_CONTRADICTIONS = 20
 
 
 def inspect(config: InspectionConfig, checkpoint: Path, clean_set: Path | None, device: torch.device) -> dict[str, Any]:
@@ -46,10 +44,7 @@ def inspect(config: InspectionConfig, checkpoint: Path, clean_set: Path | None, 
         "preprocessing_clear": finding.clear,
         "candidates": [{**asdict(candidate), "preprocessing": candidate.preprocessing.to_json()} for candidate in finding.candidates],
         "class_order": None if understood.reordering is None else asdict(understood.reordering),
-        "contradictions": [
-            {"image": clean.name(each.row), "label": clean.names[each.label], "predicted": clean.names[each.predicted], "confidence": each.confidence}
-            for each in contradictions(understood, clean).contradictions[:MOST_CONTRADICTIONS]
-        ],
+        "contradictions": by_name(contradictions(understood, clean).contradictions, clean),
         "clean_set": {"source": clean.source, "images": len(clean), "classes": len(set(clean.labels.tolist())), "groups": len(set(clean.groups.tolist()))},
         "notes": [*described["notes"], *finding.notes],
         "warnings": [caution.to_json() for caution in doubts_on_images(understood, clean)] + [{"code": "clean-set", "detail": text} for text in clean.warnings],

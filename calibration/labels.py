@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.errors import CleanSetMislabelled, SuspectModelUseless
+from models.threshold import log_choose
 
 SIGNIFICANT = 4.0  # standard errors: several candidates and many assignments are tried
 AGREEMENT = 0.2  # Cohen's kappa: of what predictions without any relation to the labels would get wrong, the share that is right
@@ -189,5 +190,7 @@ def _cycles(permutation: Sequence[int]) -> list[list[int]]:
 
 def _tail(count: int, n: int, share: float) -> float:
     """The probability of at least `count` of n where each has this share."""
-    share = min(share, 1.0)
-    return sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(count, n + 1))
+    if share >= 1:
+        return 1.0
+    hit, miss = math.log(share), math.log1p(-share)
+    return sum(math.exp(log_choose(n, k) + k * hit + (n - k) * miss) for k in range(count, n + 1))

@@ -54,8 +54,7 @@ class Material:
     fit: LabelledPixels
     held_back: LabelledPixels | None  # None where the preset looks at none
     validation: LabelledPixels
-    scenes: int  # different ones in the validation part; fewer than images, where some nearly repeat others
-    left_out: int  # images that are in no part, since they would not fit into memory
+    parts: Parts  # which images these are
     device: torch.device
 
     def fingerprint(self, config: CalibrationConfig) -> str:
@@ -82,7 +81,14 @@ class Material:
 def read(config: CalibrationConfig, inputs: Inputs, device: torch.device, advance: Advance = lambda _: None) -> Opened:
     """Open the operator's files and divide the clean set. Raises a Problem."""
     opened = _read(config, inputs, device, advance)
-    return replace(opened, digests={name: digest(path) for name, path in vars(inputs).items() if path is not None})
+    files = {**vars(inputs), "checkpoint_config": _beside(inputs.checkpoint, opened.suspect)}
+    return replace(opened, digests={name: digest(path) for name, path in files.items() if path is not None})
+
+
+def _beside(checkpoint: Path, suspect: Suspect) -> Path | None:
+    """The config.json that was read together with a file of weights."""
+    path = checkpoint.with_name("config.json")
+    return path if suspect.checkpoint.sidecar is not None and not checkpoint.is_dir() and path.is_file() else None
 
 
 def digest(path: Path) -> str | None:
@@ -120,8 +126,7 @@ def prepare(config: CalibrationConfig, opened: Opened, device: torch.device) -> 
     parts = affordable(opened, understood.preprocessing.size, config.target_fpr, config.seed)
     fit, held_back = (_load(opened.clean, rows, understood.preprocessing, device) for rows in (parts.fit, parts.held_back))
     validation = _load(opened.validation, parts.validation, understood.preprocessing, device)
-    scenes = len(np.unique(opened.validation.groups[parts.validation]))
-    return Material(understood, fit, held_back if len(held_back) else None, validation, scenes, len(opened.parts) - len(parts), device)
+    return Material(understood, fit, held_back if len(held_back) else None, validation, parts, device)
 
 
 def affordable(opened: Opened, size: int, target_fpr: float, seed: int) -> Parts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from calibration.config import CalibrationConfig
 from calibration.labels import contamination
 from calibration.material import Material, Opened
 from calibration.presets import Trained
-from calibration.suspect import doubts_on_images
+from calibration.suspect import by_name, doubts_on_images
 from models.guard import Guard, Judgement, fed
 from models.threshold import Threshold
 
@@ -61,13 +62,14 @@ def summarise(
         checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
-        checks.repeated_images(material.scenes, threshold.n),
+        checks.repeated_images(len(np.unique(opened.validation.groups[material.parts.validation])), threshold.n),
+        checks.unvalidated_classes(labels, material.fit.labels.cpu(), clean.names),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
         checks.uneven_rejections(threshold.rejects(judged.score), labels, clean.names),
         checks.own_errors(judged.score, judged.prediction == labels, threshold),
         checks.no_canary_took(canaries),
         checks.low_power(canaries),
-        checks.sampled(material.left_out, sum(images.values())),
+        checks.sampled(len(opened.parts) - len(material.parts), len(material.parts)),
         checks.no_cut(config.preset == "auto" and trained.cuts is None),
         *doubts_on_images(material.understood, clean),
         *checks.contaminated(contradicted.concentrations, threshold.n, "validation", clean.names),
@@ -92,6 +94,7 @@ def summarise(
         "search": [] if trained.searched is None else trained.searched.tried,
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
         "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in opened.warnings],
+        "contradictions": by_name([replace(each, row=int(material.parts.validation[each.row])) for each in contradicted.contradictions], opened.validation),
         "stage_seconds": dict(seconds),
         "resumed": list(resumed),  # stages whose networks an earlier attempt had made
         "environment": {

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from calibration import checks
 from calibration.checks import Caution
 from calibration.clean_set import CleanSet
-from calibration.labels import Contamination, Reordering, at_chance, check_labels, contamination
+from calibration.labels import Contamination, Contradiction, Reordering, check_labels, contamination, speaks_of
 from calibration.preprocessing import Candidate, Finding, find_preprocessing
 from calibration.split import Rows
 from models import architectures
@@ -26,6 +27,7 @@ from models.guard import answer
 from models.parallel import training_threads
 from models.preprocessing import Preprocessing
 
+MOST_CONTRADICTIONS = 20  # that are named
 GLANCE = 128  # images on which networks are told apart
 USUAL_SIZES = (32, 64, 96, 128, 160, 224, 256, 288, 299, 320, 384)
 
@@ -178,11 +180,11 @@ def _find(suspect: Suspect, clean: CleanSet, order: Rows, labels: Tensor, device
     found = find([claimed.size])
     n, best = found.images, max(candidate.accuracy for candidate in found.candidates)
     said = next(candidate for candidate in found.candidates if candidate.preprocessing == claimed)
-    if not at_chance(best, labels[:n]) and said.accuracy >= best - 2 * np.sqrt(max(best * (1 - best), 1 / n) / n):
+    if speaks_of(found.logits, labels[:n]) and said.accuracy >= best - 2 * np.sqrt(max(best * (1 - best), 1 / n) / n):
         return _believing(found, said, suspect, clean, order[:n])
     wider = find(_sizes(suspect, claimed))
     # Where the labels tell nothing, the claim is all there is.
-    return _believing(found, said, suspect, clean, order[:n]) if at_chance(wider.best.accuracy, labels[:n]) else wider
+    return _believing(found, said, suspect, clean, order[:n]) if not speaks_of(wider.logits, labels[: wider.images]) else wider
 
 
 def _believing(found: Finding, said: Candidate, suspect: Suspect, clean: CleanSet, rows: Rows) -> Finding:
@@ -254,6 +256,14 @@ def contradictions(understood: Understood, clean: CleanSet) -> Contamination:
     logits = understood.finding.logits
     found = contamination(*answer(logits), torch.from_numpy(clean.labels[understood.rows]), logits.shape[1])
     return replace(found, contradictions=tuple(replace(each, row=int(understood.rows[each.row])) for each in found.contradictions))
+
+
+def by_name(found: Sequence[Contradiction], images: CleanSet) -> list[dict[str, Any]]:
+    """The first of these, as JSON; their rows are those of `images`."""
+    return [
+        {"image": images.name(each.row), "label": images.names[each.label], "predicted": images.names[each.predicted], "confidence": each.confidence}
+        for each in found[:MOST_CONTRADICTIONS]
+    ]
 
 
 def refuse_disorder(understood: Understood) -> None:

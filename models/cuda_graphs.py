@@ -55,7 +55,8 @@ class Recorder:
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 function(inputs)
-            self._stream.synchronize()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # nothing is given back while a graph is recorded
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # of this thread: other guards go on judging in theirs
             try:
                 outputs = list(function(inputs))

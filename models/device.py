@@ -17,3 +17,8 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the second is what a torch without CUDA says of cuda
         raise ConfigInvalid(f"The device {name!r} cannot be used here; auto, cpu and, with a GPU, cuda can.") from error
     return device
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has no memory left; some of CUDA's libraries say so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

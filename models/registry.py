@@ -118,7 +118,10 @@ class Registry:
     def deactivate(self, guard: str) -> GuardState:
         """Make no version the active one. Raises NotFound."""
         with self._locked(guard):
-            return self._write(guard, replace(self.state(guard), active=None, target_fpr=None))
+            if not self.versions(guard):
+                raise NotFound("There is no such guard.")
+            before = self._readable_state(guard) or GuardState()  # a way out of a damaged state, like activation
+            return self._write(guard, replace(before, active=None, target_fpr=None))
 
     def configure(self, guard: str, *, mode: Mode | None = None, target_fpr: float | None = None, own_target: bool = False) -> GuardState:
         """Change the mode, the target FPR, or both; None leaves one as it is. own_target: take an earlier change of the target back."""
@@ -132,7 +135,7 @@ class Registry:
         with self._locked(guard):
             folder, state = self.folder(guard, version), self.state(guard)
             if state.active == version:
-                raise Conflict(f"Version {version} of guard {guard} is active; activate another first.")
+                raise Conflict(f"Version {version} of guard {guard} is active; activate another first, or take the guard out of service.")
             if version == self._highest(guard, state) > state.highest:  # only its folder tells that number; otherwise a full disk must not be in the way
                 self._write(guard, state)
             shutil.rmtree(folder)

@@ -224,8 +224,8 @@ class Service:
             return {"status": "ready", "guards": sorted(live.name for live in self.engine.all_live()), "unavailable": self._unavailable()}
 
     def _unavailable(self) -> dict[str, str]:
-        """The guards whose active version could not be loaded at the start, and why; without those that serve since an activation."""
-        return {guard: reason for guard, reason in self.health.unavailable.items() if self.engine.live(guard) is None}
+        """The guards whose active version could not be loaded at the start, and why; without those that were activated or taken out of service since."""
+        return {guard: reason for guard, reason in self.health.unavailable.items() if guard not in self.engine.decided}
 
     def _not_ready(self) -> str | None:
         if not self.health.started or self.health.draining:
@@ -246,7 +246,8 @@ class Service:
         m.queue_capacity.set(self.settings.queue_images)
         m.ready.set(0 if self._not_ready() else 1)
         m.jobs_available.set(1 if self.jobs.available else 0)
-        m.guard_info.clear()
+        for series in (m.guard_info, m.threshold, m.target_fpr):
+            series.clear()
         for live in self.engine.all_live():
             m.threshold.labels(live.name).set(live.threshold.value)
             m.target_fpr.labels(live.name).set(live.threshold.target_fpr)

@@ -232,13 +232,18 @@ def _run(command: list[str], quiet: bool) -> dict[str, Any]:
     ):
         task = bar.add_task("starting", total=1.0, eta="")
         assert child.stdout is not None  # asked for above
-        for line in child.stdout:
-            event = json.loads(line)
-            if event["event"] == "progress":
-                eta = "" if event["eta_seconds"] is None else f"about {event['eta_seconds']:.0f} s left"
-                bar.update(task, description=event["stage"], completed=event["fraction"], eta=eta)
-            else:
-                last = event
+        try:
+            for line in child.stdout:
+                event = json.loads(line)
+                if event["event"] == "progress":
+                    eta = "" if event["eta_seconds"] is None else f"about {event['eta_seconds']:.0f} s left"
+                    bar.update(task, description=event["stage"], completed=event["fraction"], eta=eta)
+                else:
+                    last = event
+        except KeyboardInterrupt:
+            child.terminate()  # a terminal tells it, too, but who stops this process alone does not
+            child.wait()
+            raise
     if child.returncode == -signal.SIGKILL:  # it ends by itself otherwise, whatever happens
         killed = OutOfMemory()
         return {"event": "problem", "code": killed.code, "title": killed.title, "detail": killed.detail}

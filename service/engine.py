@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models import bundle
 from models.bundle import Description
+from models.device import is_out_of_memory
 from models.errors import BundleNotReady, Conflict, Problem
 from models.parallel import computing_with, cpu_threads
 from models.program import repeated, serving
@@ -62,6 +63,7 @@ class Engine:
         self.registry, self.device, self._threads, self._max_batch = registry, device, threads, max_batch
         self.slots = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
         self._live: dict[str, LiveGuard] = {}
+        self.decided: set[str] = set()  # guards of which a version was activated here, or that were taken out of service
         self._swap = threading.Lock()
         self._pulse = torch.ones(1, device=device)  # made, and its kernel loaded, while there is memory for them
 
@@ -97,6 +99,7 @@ class Engine:
             live = _with_state(loaded, replace(state, target_fpr=None))
             self.registry.activate(guard, version)
             self._serve(live)
+            self.decided.add(guard)
             give_back_memory()
             return live
 
@@ -105,6 +108,7 @@ class Engine:
         with self._swap:
             self.registry.deactivate(guard)
             self._live.pop(guard, None)
+            self.decided.add(guard)
         give_back_memory()
 
     def refresh(self, guard: str) -> LiveGuard | None:
@@ -131,6 +135,8 @@ class Engine:
             if target_fpr is not None:
                 if live is None:
                     raise Conflict("The target FPR can be changed while a version is active; activate one first.")
+                if live.version != (active := self.registry.state(guard).active):
+                    raise Conflict(f"Version {live.version} is served, but {active} was activated beside this server; activate one of them here first.")
                 conformal_threshold(live.validation_scores, target_fpr)
             state = self.registry.configure(guard, mode=mode, target_fpr=target_fpr, own_target=own_target)
             if live is not None:
@@ -158,7 +164,7 @@ class Engine:
             try:
                 self._pulse.fill_(1.0).item()
             except RuntimeError as error:
-                if last and not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)):
+                if last and not is_out_of_memory(error):
                     raise
             else:
                 return
@@ -194,8 +200,8 @@ def largest_batch(network: nn.Module, images: Tensor, threads: int, allowed: int
         while True:
             try:
                 seconds = _best_turn(network, repeated(images, size))
-            except torch.OutOfMemoryError:
-                if not fits:
+            except RuntimeError as error:
+                if not fits or not is_out_of_memory(error):
                     raise
                 return fits
             if seconds * allowed / size < BATCH_SECONDS / 2 or seconds > BATCH_SECONDS / 2 or size == allowed:

@@ -59,11 +59,14 @@ class Settings(BaseSettings):
         return self
 
     def _check_names(self) -> None:
-        """A token under a misspelt name would protect nothing. Other names are nobody's business: Kubernetes, for one, makes some up for each service."""
+        """A token under a misspelt name would protect nothing. Names that resemble none are nobody's business: Kubernetes makes some up for each service."""
         prefix = "BADEXPERT_"
         names = [f"{prefix}{field.upper()}" for field in type(self).model_fields]
-        for name in sorted(os.environ):
-            if name.startswith(prefix) and name not in names and (meant := difflib.get_close_matches(name, names, 1, 0.9)):
+        for name in sorted(map(str.upper, os.environ)):
+            if not name.startswith(prefix) or name in names:
+                continue
+            secret = any(word in name for word in ("TOKEN", "SECRET", "PASSWORD"))
+            if meant := difflib.get_close_matches(name, names, 1, 0.0 if secret else 0.9):
                 raise ValueError(f"there is no setting {name}; {meant[0]} is one")
 
     @property

@@ -182,7 +182,7 @@ def _loaded(name: str, load: Callable[[], Any]) -> Factory:
     """Runs what the operator wrote, which may raise anything."""
     try:
         factory = load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigInvalid(f"The architecture {name} cannot be imported: {_said(error)}. It must lie in an installed package or on PYTHONPATH.") from error
     if not callable(factory):
         raise ConfigInvalid(f"The architecture {name} is no function of a class count.")
@@ -195,14 +195,14 @@ def _built(name: str, factory: Factory, num_classes: int) -> nn.Module:
         network: Any = factory(num_classes)
     except MemoryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigInvalid(f"The architecture {name} cannot be built for {num_classes} classes: {_said(error)}.") from error
     if not isinstance(network, nn.Module):
         raise ConfigInvalid(f"The architecture {name} is a function that gives {type(network).__name__}, not a torch.nn.Module.")
     return network
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": .")
 

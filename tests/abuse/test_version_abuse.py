@@ -92,6 +92,32 @@ def test_a_guard_can_be_taken_out_of_service_and_deleted(tmp_path: Path, registr
         assert_problem(client("DELETE", ACTIVE), 404, "not_found")
 
 
+def test_a_target_is_not_checked_against_one_version_and_kept_for_another(tmp_path: Path, registry: Registry) -> None:
+    publish(registry, images=20)
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        registry.activate("cifar", 2)  # as `calibrate --activate` does beside a running server
+        assert_problem(client.json("PATCH", GUARD, '{"target_fpr": 0.01}'), 409, "conflict")
+        assert registry.state("cifar").target_fpr is None
+        assert client.json("PUT", ACTIVE, '{"version": 1}').status_code == 200
+        assert client.json("PATCH", GUARD, '{"target_fpr": 0.01}').status_code == 200
+
+
+def test_a_guard_that_could_not_be_loaded_and_was_taken_out_of_service_is_in_nobodys_way(tmp_path: Path, registry: Registry) -> None:
+    break_weights(tmp_path / "guards" / "cifar" / "1")
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        assert "cifar" in assert_problem(client("GET", "/readyz"), 503, "not_ready")["detail"]
+        assert client("DELETE", ACTIVE).status_code == 204
+        assert client("DELETE", GUARD + "/versions/1").status_code == 204
+        assert client("GET", "/readyz").json() == {"status": "ready", "guards": [], "unavailable": {}}
+
+
+def test_the_metrics_tell_of_no_guard_that_is_out_of_service(tmp_path: Path, registry: Registry) -> None:
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        assert 'badexpert_target_fpr_ratio{guard="cifar"}' in client("GET", "/metrics").text
+        client("DELETE", ACTIVE)
+        assert 'badexpert_target_fpr_ratio{guard="cifar"}' not in client("GET", "/metrics").text
+
+
 def test_p2_after_a_swap_everything_in_an_answer_is_of_the_new_bundle(tmp_path: Path, registry: Registry) -> None:
     publish(registry, seed=5)
     with serving(make_service(tmp_path, registry=registry)) as client:

@@ -116,8 +116,8 @@ def test_chance_alone_seldom_warns_of_own_errors() -> None:
 
 def test_every_warning_has_a_section() -> None:
     source = inspect.getsource(checks)
-    codes = set(re.findall(r'return \[?Caution\(\s*"([a-z-]+)"', source))
-    assert len(codes) == len(re.findall(r"return \[?Caution\(", source)) > 8
+    codes = set(re.findall(r'\bCaution\(\s*"([a-z-]+)"', source))
+    assert len(codes) == len(re.findall(r"\bCaution\(", source)) > 12
     assert codes <= set(re.findall(r"^## ([a-z-]+)$", DOC.read_text(), re.M))
 
 
@@ -149,3 +149,10 @@ def test_it_is_told_where_the_suspect_contradicts_many_labels(count: int, told: 
     assert (found is not None) == told
     if found is not None:
         assert "Of 256 clean images the suspect is sure that 65 are of another class" in found.detail
+
+
+def test_it_is_told_where_no_validation_image_speaks_of_a_class() -> None:
+    found = checks.unvalidated_classes(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 3]), ("cat", "dog", "eel", "fox"))
+    assert found is not None
+    assert "1 of 4 classes have no validation images: fox." in found.detail
+    assert checks.unvalidated_classes(torch.tensor([0, 1, 1]), torch.tensor([0, 1]), ("cat", "dog", "eel", "fox")) is None

@@ -88,3 +88,14 @@ def test_triggered_images_are_named_and_their_target_too(truth: Tensor) -> None:
     assert [concentration.predicted for concentration in found.concentrations] == [3]
     assert found.concentrations[0].labels > 2
     assert contamination(*answer(answers(truth, right=1.0)), truth, 10).contradictions == ()
+
+
+def test_thousands_of_contradictions_can_be_counted() -> None:
+    labels = torch.arange(20_000) % 10
+    predicted = torch.where(torch.arange(20_000) % 6 == 0, (labels + 1) % 10, labels)
+    predicted[::50] = 3
+    found = contamination(torch.ones(20_000), predicted, labels, 10)
+    assert len(found.contradictions) > 3000
+    assert [each.predicted for each in found.concentrations] == [3]
+    none = contamination(torch.ones(100), torch.zeros(100, dtype=torch.int64), torch.arange(100) % 2, 2)  # a share of 1
+    assert len(none.contradictions) == 50

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from calibration.material import Material
 from calibration.progress import Tracker
 from calibration.recipes import AutoRecipe, PaperRecipe, auto_recipe
 from calibration.resume import Resume
+from calibration.split import Parts
 from models.errors import TrainingDiverged
 from models.preprocessing import Preprocessing
 from tests.support import thin_resnet
@@ -28,7 +30,8 @@ def material(held_back: bool) -> Material:
     data = LabelledPixels((labels[:, None, None, None] * 60 + torch.randint(0, 40, (128, 3, 32, 32))).to(torch.uint8), labels)
     suspect = SimpleNamespace(network=thin_resnet(8, 4).eval(), num_classes=4, architecture=SimpleNamespace(short_name="resnet8"))
     understood: Any = SimpleNamespace(suspect=suspect, preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
-    return Material(understood, data, data if held_back else None, data, len(data), 0, torch.device("cpu"))
+    parts = Parts(np.arange(128), np.arange(0), np.arange(128))
+    return Material(understood, data, data if held_back else None, data, parts, torch.device("cpu"))
 
 
 def train(preset: Preset, given: Material) -> presets.Trained:

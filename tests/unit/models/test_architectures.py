@@ -164,6 +164,10 @@ def no_module(num_classes):
 
 def raising(num_classes):
     raise KeyError("no such layer")
+
+def counting(num_classes):
+    rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]  # a tensor without memory has no numbers
+    return make(num_classes)
 """
 
 
@@ -171,6 +175,7 @@ def raising(num_classes):
 def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "operators_networks.py").write_text(OWN)
     (tmp_path / "operators_slip.py").write_text("def make(:\n")
+    (tmp_path / "operators_end.py").write_text("raise SystemExit(2)\n")
     (tmp_path / "operators_fault.py").write_text("raise OSError('no such disk')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("models.architectures.catalogue._admitted", {})
@@ -200,6 +205,7 @@ def test_an_architecture_of_the_operators_is_known_once_it_was_admitted(own_pack
         ("operators_networks:missing", "cannot be imported: AttributeError"),
         ("operators_slip:make", "cannot be imported: SyntaxError"),
         ("operators_fault:make", "cannot be imported: OSError: no such disk"),
+        ("operators_end:make", "cannot be imported: SystemExit: 2"),
         ("operators_networks:nothing", "no function of a class count"),
         ("operators_networks:without_a_count", "cannot be built for 7919 classes: TypeError: without_a_count"),
         ("operators_networks:raising", "cannot be built for 7919 classes: KeyError: 'no such layer'"),
@@ -209,6 +215,13 @@ def test_an_architecture_of_the_operators_is_known_once_it_was_admitted(own_pack
 def test_what_cannot_be_admitted_is_refused_with_a_reason(own_package: str, reference: str, reason: str) -> None:
     with pytest.raises(ConfigInvalid, match=re.escape(reason)):
         architectures.admit(reference)
+
+
+def test_a_network_that_computes_while_it_is_built_is_admitted(own_package: str) -> None:
+    name = architectures.admit("operators_networks:counting")
+    state = architectures.get(name).build(3).state_dict()
+    assert fitting(state) == [(name, 3)]
+    assert build_on_meta(lambda: architectures.get(name).build(3)).state_dict().keys() == state.keys()
 
 
 def test_a_faulty_entry_point_is_in_the_way_of_no_other_network(own_package: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,14 @@ def test_a_changed_target_holds_until_a_version_is_activated_or_it_is_taken_back
     assert registry.configure("cars", own_target=True) == GuardState(2, "shadow", None)
 
 
+def test_a_guard_whose_state_is_damaged_can_be_taken_out_of_service(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    publish(registry)
+    (tmp_path / "cars" / "state.json").write_text("{")
+    assert registry.deactivate("cars") == GuardState(None)
+    registry.remove("cars", 1)
+
+
 def test_what_is_no_longer_active_can_be_deleted(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     publish(registry)

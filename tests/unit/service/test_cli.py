@@ -48,7 +48,8 @@ def test_the_process_that_it_started_ends_without_a_trace(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "calibration", "calibrate", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stderr is not None
-        child.stdout.readline()  # it is at work
+        while '"stage": "expert"' not in child.stdout.readline():
+            assert child.poll() is None
         child.send_signal(signal.SIGINT)
         assert (child.wait(60), child.stderr.read()) == (130, "")
 

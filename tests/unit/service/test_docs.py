@@ -29,9 +29,14 @@ def test_the_page_loads_only_what_this_server_has(client: Client) -> None:
     assert "<script>" not in page.text  # the policy would not let it run
 
 
-@pytest.mark.parametrize("path", ["/docs/nothing.js", "/docs/../settings.py", "/docs/%2e%2e/settings.py", "/docs/", "/redoc"])
+@pytest.mark.parametrize("path", ["/docs/nothing.js", "/docs/../settings.py", "/docs/%2e%2e/settings.py", "/docs/", "/docs/README.md", "/redoc"])
 def test_beside_them_there_is_nothing(client: Client, path: str) -> None:
     assert client("GET", path).status_code == 404
+
+
+def test_what_is_there_cannot_be_written(client: Client) -> None:
+    answer = client("POST", "/docs/start.js")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
 
 
 def test_every_call_tells_of_tokens_and_problems(client: Client) -> None:

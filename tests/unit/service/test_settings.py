@@ -29,12 +29,21 @@ def test_on_loopback_no_token_is_needed(host: str) -> None:
     [
         ("BADEXPERT_ADMIN_TOKEN_FIEL", "BADEXPERT_ADMIN_TOKEN_FILE"),
         ("BADEXPERT_PREDICT_TOKN", "BADEXPERT_PREDICT_TOKEN"),
+        ("badexpert_predict_tokn", "BADEXPERT_PREDICT_TOKEN"),
+        ("BADEXPERT_ADMIN_TOKEN_PATH", "BADEXPERT_ADMIN_TOKEN"),
         ("BADEXPERT_DEADLINE_SECOND", "BADEXPERT_DEADLINE_SECONDS"),
     ],
 )
 def test_f8_a_setting_under_a_misspelt_name_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
     monkeypatch.setenv(name, "whatever")
-    with pytest.raises(ValidationError, match=f"there is no setting {name}; {meant} is one"):
+    with pytest.raises(ValidationError, match=f"there is no setting {name.upper()}; {meant}"):
+        Settings()
+
+
+@pytest.mark.parametrize("name", ["BADEXPERT_TOKEN", "BADEXPERT_TOKEN_ADMIN", "BADEXPERT_ADMIN_SECRET", "BADEXPERT_PASSWORD_FILE"])
+def test_f8_no_secret_is_passed_over(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "whatever")
+    with pytest.raises(ValidationError, match=f"there is no setting {name}; BADEXPERT_"):
         Settings()
 
 

@@ -15,11 +15,11 @@ from calibration.config import CalibrationConfig
 from calibration.finetune import Advance, LabelledPixels
 from calibration.recipes import AutoRecipe, paper_recipe
 from calibration.resume import fingerprint
-from calibration.split import Parts, Rows, hold_back, needed_for, sample, split
+from calibration.split import Parts, Rows, hold_back, sample, split
 from calibration.suspect import Suspect, Understood, named_classes, read_suspect, refuse_disorder, understand
 from models.errors import CleanSetDegenerate, FprUnreachable
 from models.preprocessing import Preprocessing
-from models.threshold import conformal_threshold, least_fpr
+from models.threshold import conformal_threshold, least_fpr, needed_for
 
 LEAST_FIT = 30  # images that train: half of what the smallest clean set leaves for it
 PIXEL_BYTES = 2 << 30  # of all images together, as the suspect sees them: 14,000 of 224x224

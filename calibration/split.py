@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from calibration.finetune import generator
 from models.errors import FprUnreachable
-from models.threshold import least_fpr
+from models.threshold import least_fpr, needed_for
 
 Rows = NDArray[np.int64]
 VALIDATION_SHARE, LARGEST_VALIDATION_SHARE = 0.4, 0.6
@@ -44,11 +44,6 @@ def split(labels: Rows, groups: Rows, target_fpr: float, held_back: float, seed:
     validation, rest = _take(np.arange(len(labels)), labels, groups, max(round(VALIDATION_SHARE * len(labels)), needed), seed, "validation")
     fit, back = hold_back(rest, labels, groups, held_back, seed)
     return Parts(fit, back, validation)
-
-
-def needed_for(target_fpr: float) -> int:
-    """Validation images that it takes to promise a false-rejection rate."""
-    return math.ceil(1 / target_fpr - 1e-9) - 1
 
 
 def hold_back(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -> tuple[Rows, Rows]:

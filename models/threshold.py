@@ -46,10 +46,15 @@ def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
     if rank < 1:
         raise FprUnreachable(
             f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {least_fpr(n):g} is the least. "
-            f"Ask for that, or bring at least {math.ceil(1 / target_fpr) - 1} validation images."
+            f"Ask for that, or bring at least {needed_for(target_fpr)} validation images."
         )
     few, many = _rejections(rank, n, COUNTED, 0.9)
     return Threshold(scores.sort().values[rank - 1].item(), target_fpr, n, rank, (few / COUNTED, many / COUNTED))
+
+
+def needed_for(target_fpr: float) -> int:
+    """Validation images that it takes to promise a false-rejection rate."""
+    return math.ceil(1 / target_fpr - 1e-9) - 1
 
 
 def least_fpr(n: int) -> float:

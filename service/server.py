@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import structlog
 import torch
@@ -34,6 +34,7 @@ from service.settings import Settings
 # 5 ms are longer than the judging of an image.
 SWITCH_SECONDS = 0.0003
 LEAVE_SECONDS = 1.8  # after the drain's time the process is left, whatever still runs in it
+TICK_SECONDS = 1.0  # between two settings of the Date that answers carry
 log = structlog.get_logger()
 
 
@@ -81,12 +82,19 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._announcement = service, announcement
         self._last: threading.Timer | None = None
+        self._signalled = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         step_back()
         _log_as_json()  # whatever was imported for the bundles, too
         print(self._announcement, flush=True)  # noqa: T201 - what a person waits for
+
+    async def main_loop(self) -> None:
+        """Until a signal came. uvicorn's own looks for one ten times a second, and most of what an idle server takes is that it wakes up."""
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._signalled.wait(), TICK_SECONDS)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -102,6 +110,7 @@ class _Server(uvicorn.Server):
     def _on_signal(self, number: int) -> None:
         self._service.begin_drain()
         self.handle_exit(number, None)  # a second SIGINT makes uvicorn stop waiting
+        self._signalled.set()
         if self._last is None:
             # The interpreter would wait for its threads, and one that waits for the device may never end.
             self._last = threading.Timer(self._service.settings.drain_seconds + LEAVE_SECONDS, _leave)

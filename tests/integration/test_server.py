@@ -31,10 +31,11 @@ PNG = {"Content-Type": "image/png"}
 
 
 @contextmanager
-def server(data_dir: Path, *options: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+def server(data_dir: Path, *options: str, **environment: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     """`badexpert serve` on a free port; ends it with SIGTERM and demands exit status 0."""
     command = [sys.executable, "-m", "service", "serve", "--data-dir", str(data_dir), "--port", "0", "--device", "cpu", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    env = {**{name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}, **environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"http://\S+", process.stdout.readline())
@@ -127,6 +128,16 @@ def test_another_target_and_shadow_mode_need_no_calibration(tmp_path: Path, cali
     with server(tmp_path) as (client, _):  # what was decided survives
         assert client.get("/v1/guards/planes").json()["mode"] == "shadow"
         assert client.get("/readyz").json()["guards"] == ["planes"]
+
+
+def test_no_library_reports_home_or_leaves_anything_there(tmp_path: Path, calibrated: tuple[Path, Result]) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(calibrated[0] / "guards", tmp_path / "guards")
+    Registry(tmp_path / "guards").activate("planes", 1)
+    with server(tmp_path, HOME=str(home), XDG_CACHE_HOME=str(home / ".cache")) as (client, _):
+        assert client.post("/v1/guards/planes/predict", content=sample("clean"), headers=PNG).status_code == 200
+    assert list(home.rglob("*")) == []
 
 
 def test_uploads_that_cannot_be_used_are_refused_with_what_to_do_and_the_server_goes_on(tmp_path: Path, small_clean_set: Path) -> None:

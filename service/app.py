@@ -43,6 +43,7 @@ HUNG_SECONDS = 20.0  # one that runs longer than this, and than anybody waits, i
 DEVICE_LOST = 70  # the exit status that asks for a restart: EX_SOFTWARE of sysexits.h
 ANSWER_SECONDS, LAST_SECONDS = 1.0, 3.0  # until that exit: for answers to be on their way, and at most, for a calibration to be put back
 RETRY_SECONDS = 2.0  # until a job database that could not be used is tried again
+YOUNG = 20_000  # objects until the youngest are collected: with Python's 700, what a few requests hold is walked time and again
 CLOSE_SECONDS = 0.5  # after the drain's time, for what is still to be closed
 
 
@@ -118,10 +119,13 @@ class Service:
             tasks.append(loop.create_task(self._retry_jobs(), name="retry jobs"))
         gc.collect()
         gc.freeze()  # a full collection would walk all that was imported and loaded, and every request would wait for it a fifth of a second
+        usual = gc.get_threshold()
+        gc.set_threshold(YOUNG)
         self.health.started = True
         try:
             yield
         finally:
+            gc.set_threshold(*usual)
             gc.unfreeze()
             self.begin_drain()
             await self.batcher.drain()

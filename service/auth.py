@@ -13,6 +13,7 @@ import ipaddress
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Literal
 
 from starlette.requests import Request
@@ -25,7 +26,7 @@ STRANGERS_PAGE = (
     "With no token set this call is taken under an IP address or a name without a dot only, such as localhost, and of a web page only if it came from here. "
     "Set tokens to call it in another way."
 )
-WRONG_PER_MINUTE, PEERS_REMEMBERED = 20, 10_000
+WRONG_PER_MINUTE, PEERS_REMEMBERED, HOSTS_REMEMBERED = 20, 10_000, 100
 
 
 class Authenticator:
@@ -80,9 +81,10 @@ def _of_a_strangers_page(request: Request) -> bool:
     host, origin = request.headers.get("host"), request.headers.get("origin")
     if host is None:  # no browser
         return False
-    return _is_domain(host) or origin not in (None, f"{request.url.scheme}://{host}")
+    return _is_domain(host) or origin not in (None, f"{request.scope['scheme']}://{host}")
 
 
+@lru_cache(HOSTS_REMEMBERED)  # asked about every image
 def _is_domain(host: str) -> bool:
     """Not so are addresses, and names of this machine or of this network, which have no dot."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from service.errors import DeadlineExceeded, DeviceFailed, Draining, Overloaded, RequestProblem
 
@@ -158,15 +158,16 @@ class Batcher(Generic[Key, Item, Result]):
         row: Row[Key, Item, Result] = Row(key, item, now, deadline, loop.create_future())
         self._rows.append(row)
         self._changed.set()
+        expiry = loop.call_at(deadline, _expire, row)
         try:
-            async with asyncio.timeout_at(deadline):
-                return await row.answer
-        except TimeoutError:
-            raise DeadlineExceeded from None
-        finally:
+            return await row.answer
+        except BaseException:
             # Given up: its place is free at once, or who left would keep others out. (`remove` would print a row that it does not find, tensors and all.)
-            if row.answer.cancelled() and row in self._rows:
+            if row in self._rows:
                 self._rows.remove(row)
+            raise
+        finally:
+            expiry.cancel()
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as batches:
@@ -253,6 +254,11 @@ class Batcher(Generic[Key, Item, Result]):
             except Exception:  # noqa: BLE001 - as for a batch: whatever it raises, there is nothing more to be had from the device
                 self.give_up(DeviceFailed)
         return self.lost
+
+
+def _expire(row: Row[Any, Any, Any]) -> None:
+    if not row.answer.done():
+        row.answer.set_exception(DeadlineExceeded())
 
 
 def _wanted(row: Row[Key, Item, Result], now: float) -> bool:

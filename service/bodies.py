@@ -61,17 +61,20 @@ async def stream(request: Request, cap: int) -> AsyncIterator[bytes]:
     """The body in pieces, at most `cap` bytes of it. Raises BodyTooLarge, before anything is read where the length is announced."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ContentEncoding
-    too_large = BodyTooLarge(f"The body is larger than the {cap:,} bytes that this call takes.")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > cap:
-        raise too_large
+        raise _too_large(cap)
     total = 0
     async for piece in request.stream():
         total += len(piece)
         if total > cap:
-            raise too_large
+            raise _too_large(cap)
         if piece:
             yield piece
+
+
+def _too_large(cap: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than the {cap:,} bytes that this call takes.")
 
 
 async def read(request: Request, cap: int) -> bytes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.preprocessing import Preprocessing, decode
 from service.bodies import Capped, Sink, media_type, read, read_multipart
-from service.errors import BodyEmpty, ImageMissing, MediaType, OneImageOnly, Overloaded, TooManyImages, UnexpectedField
+from service.errors import BodyEmpty, DeadlineExceeded, ImageMissing, MediaType, OneImageOnly, Overloaded, TooManyImages, UnexpectedField
 
 SMALL_BYTES, SMALL_PIXELS = 8 * 1024, 64 * 64
 _LONG_TO_READ = (b"iCCP", b"iTXt", b"zTXt")  # chunks of a PNG that may unpack to a thousand times their size
@@ -43,10 +43,11 @@ class Images:
             raise MediaType("Send multipart/form-data with one part named `image` for each image.")
         return await self._parts(request, self._batch_images)
 
-    async def pixels(self, data: bytes, preprocessing: Preprocessing, *, alone: bool) -> Tensor:
-        """uint8 [3, size, size]. Raises ImageProblem, or Overloaded where too many images wait to be decoded.
+    async def pixels(self, data: bytes, preprocessing: Preprocessing, deadline: float, *, alone: bool) -> Tensor:
+        """uint8 [3, size, size]. Raises ImageProblem, Overloaded where too many images wait to be decoded, or DeadlineExceeded.
 
-        alone: no other image came with it; of many, the event loop would decode one after the other, and nobody else would be heard meanwhile.
+        deadline: by the event loop's clock. alone: no other image came with it; of many, the event loop would decode one after the other, and nobody else
+        would be heard meanwhile.
         """
         if alone and is_small(data, preprocessing):
             return preprocessing.pixels(decode(data, preprocessing))
@@ -54,7 +55,10 @@ class Images:
             raise Overloaded
         self._decoding += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: preprocessing.pixels(decode(data, preprocessing)))
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: preprocessing.pixels(decode(data, preprocessing)))
+        except TimeoutError:
+            raise DeadlineExceeded from None
         finally:
             self._decoding -= 1
 

@@ -22,7 +22,7 @@ from models.errors import NotFound, Problem, ScoreNotFinite
 from service.auth import Authenticator
 from service.batcher import Batcher
 from service.engine import Engine, LiveGuard, Outcome
-from service.errors import DeadlineExceeded, DeadlineInvalid, Forbidden, NoActiveBundle
+from service.errors import DeadlineInvalid, Forbidden, NoActiveBundle
 from service.images import Images
 from service.metrics import MOST_CLASSES, Metrics
 from service.traffic import Traffic
@@ -131,11 +131,7 @@ class Judge:
         """Raises a Problem wherever no complete, finite judgement was reached in time."""
         with self.traffic.judging():
             began = time.perf_counter()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    pixels = await self.images.pixels(data, live.description.preprocessing, alone=alone)
-            except TimeoutError:
-                raise DeadlineExceeded from None
+            pixels = await self.images.pixels(data, live.description.preprocessing, deadline, alone=alone)
             self.metrics.decode_seconds.observe(time.perf_counter() - began)
             outcome = await self.batcher.submit(live, pixels, deadline)
         if not (math.isfinite(outcome.score) and math.isfinite(outcome.confidence)):

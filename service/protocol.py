@@ -83,24 +83,47 @@ class ReceiveClock(FlowControl):
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, expired: Callable[[], None]) -> None:
         super().__init__(transport)
         self._loop, self._expired = loop, expired
-        self.left: float | None = None
+        self.left: float | None = None  # seconds, when it ran last
         self.reading_since = float("-inf")
-        self._handle: asyncio.TimerHandle | None = None
+        self._deadline: float | None = None  # while it runs
+        self._handle: asyncio.TimerHandle | None = None  # of the last look that was asked for: it may find that there is nothing to do, or not yet
 
     def set(self, seconds: float | None) -> None:
-        self.hold()
-        self.left = seconds
+        self._deadline, self.left = None, seconds
         self._run()
 
     def hold(self) -> None:
+        if self._deadline is not None:
+            self.left, self._deadline = self._deadline - self._loop.time(), None
+
+    def close(self) -> None:
+        """For good: nothing of the connection is kept any more."""
+        self.set(None)
         if self._handle is not None:
-            self.left = self._handle.when() - self._loop.time()
             self._handle.cancel()
             self._handle = None
 
     def _run(self) -> None:
-        if self.left is not None and self._handle is None and not self.read_paused:
-            self._handle = self._loop.call_later(self.left, self._expired)
+        if self.left is not None and self._deadline is None and not self.read_paused:
+            self._deadline = self._loop.time() + self.left
+            if self._handle is None or self._handle.when() > self._deadline:
+                self._look_at(self._deadline)
+
+    def _look_at(self, when: float) -> None:
+        """A message moves its deadline several times, and a timer for each would cost more than what they are for."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        self._handle = None
+        if self._deadline is None:
+            return
+        if self._loop.time() < self._deadline:
+            self._look_at(self._deadline)
+        else:
+            self._deadline = self.left = None
+            self._expired()
 
     def pause_reading(self) -> None:
         super().pause_reading()
@@ -135,7 +158,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._clock.set(self.limits.receive_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._clock.set(None)
+        self._clock.close()
         self.resume_writing()
         self._unset_keepalive_if_required()
         for cycle in self._owed:  # uvicorn tells only the newest, and the one that runs would wait for ever

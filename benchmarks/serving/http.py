@@ -13,7 +13,6 @@ knee is worth no more than the minute in which it was found. The peers need envi
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import json
 import os
@@ -128,10 +127,10 @@ def measure(contender: Contender, images: list[bytes], data_dir: Path, peers: Pa
     """Its knee, and what is left of it in a storm."""
     with running(contender, images[0], data_dir, peers) as (port, pid):
         requests = [request(*call(contender, image), port) for image in images]
-        asyncio.run(load(port, requests, start, 2.0))  # warm
+        load(port, requests, start, 2.0)  # warm
         idle = idle_cpu(pid, 5.0) if contender.way == "guard" else None
         best = knee(port, requests, P99, seconds, start)
-        storm = asyncio.run(load(port, requests, STORM * max(best.rate, start), seconds))
+        storm = load(port, requests, STORM * max(best.rate, start), seconds)
     answered = len(best.seconds) / seconds
     return {
         **vars(contender),

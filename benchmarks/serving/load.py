@@ -5,16 +5,17 @@ A closed loop waits for the slow server and so hides its queue (the "coordinated
 
 from __future__ import annotations
 
-import asyncio
 import random
 import re
+import selectors
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 CONNECTIONS, GIVE_UP = 2000, 2.0  # as many as a crowd brings: with few, the load would wait for the server after all
+AT_ONCE, SWEEP = 64, 0.05  # requests that are sent before answers are read; seconds between two looks at what to give up
 _LENGTH = re.compile(rb"content-length: *([0-9]+)", re.IGNORECASE)
 
 
@@ -46,95 +47,152 @@ def request(path: str, headers: Mapping[str, str], body: bytes, port: int) -> by
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-class _Connection(asyncio.Protocol):
-    """One request at a time; as little Python a request as will do, since it shares the cores with the server under test."""
+@dataclass(eq=False)
+class _Connection:
+    """One request at a time."""
 
-    def __init__(self) -> None:
-        self.answer: asyncio.Future[int] | None = None
-        self.received = b""
-        self.transport: asyncio.Transport | None = None
+    socket: socket.socket
+    due: float = 0.0  # of the request that it carries
+    unsent: bytes = b""
+    received: bytes = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
 
-    def ask(self, data: bytes) -> asyncio.Future[int]:
-        """The status of the answer, once all of it is here."""
-        assert self.transport is not None
-        self.answer = asyncio.get_running_loop().create_future()
-        self.transport.write(data)
-        return self.answer
+class _Load:
+    """Sends what is due and times what comes back, in one loop over bare sockets: it shares the cores with the server under test, so that what the load costs
+    is taken from what the server can do."""
 
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        head, found, body = self.received.partition(b"\r\n\r\n")
-        if not found:
+    def __init__(self, port: int) -> None:
+        self._address = ("127.0.0.1", port)
+        self._selector = selectors.DefaultSelector()
+        self._free: list[_Connection] = []
+        self._busy: set[_Connection] = set()
+        self._waiting: deque[tuple[float, bytes]] = deque()  # requests for which there is no connection
+        self.taken: list[float] = []
+        self.others: Counter[str] = Counter()
+
+    def run(self, requests: Sequence[bytes], rate: float, seconds: float, source: random.Random) -> None:
+        """At random times (Poisson), until all are answered or given up."""
+        began = swept = time.perf_counter()
+        due = began + source.expovariate(rate)
+        while due < began + seconds or self._busy or self._waiting:
+            now = time.perf_counter()
+            for _ in range(AT_ONCE):
+                if due > now or due >= began + seconds:
+                    break
+                self._send(due, source.choice(requests))
+                due += source.expovariate(rate)
+            if now - swept > SWEEP:
+                swept = now
+                self._give_up(now - GIVE_UP)
+            for key, events in self._selector.select(max(0.0, min(due - now, SWEEP)) if due < began + seconds else SWEEP):
+                self._ready(key.data, events)
+
+    def close(self) -> None:
+        for connection in [*self._free, *self._busy]:
+            connection.socket.close()
+        self._selector.close()
+
+    def _send(self, due: float, data: bytes) -> None:
+        if self._free:
+            connection = self._free.pop()
+        elif len(self._busy) < CONNECTIONS:
+            connection = self._connect()
+        else:
+            self._waiting.append((due, data))
             return
-        length = _LENGTH.search(head)
-        complete = len(body) >= int(length[1]) if length else body.endswith(b"0\r\n\r\n")  # or in chunks
-        if complete and self.answer is not None and not self.answer.done():
-            self.answer.set_result(int(head[9:12]))
-            self.received = b""
+        connection.due, connection.unsent = due, data
+        self._busy.add(connection)
+        self._write(connection)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.answer is not None and not self.answer.done():
-            self.answer.set_exception(exc or ConnectionResetError())
+    def _connect(self) -> _Connection:
+        made = _Connection(socket.socket())
+        made.socket.setblocking(False)
+        made.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made.socket.connect_ex(self._address)  # whether it could, the first attempt to write tells
+        self._selector.register(made.socket, selectors.EVENT_READ, made)
+        return made
 
-
-async def load(port: int, requests: Sequence[bytes], rate: float, seconds: float, seed: int = 0) -> Seen:
-    """Send at `rate` a second, at random times (Poisson), over keep-alive connections; what is not answered after GIVE_UP counts as lost."""
-    source = random.Random(seed)  # noqa: S311 - decides when to send, nothing else
-    free, waiting = list[_Connection | None]([None] * CONNECTIONS), deque[asyncio.Future[_Connection | None]]()
-    taken: list[float] = []
-    others: Counter[str] = Counter()
-    loop = asyncio.get_running_loop()
-
-    def give_back(connection: _Connection | None) -> None:
-        while waiting:
-            if not (first := waiting.popleft()).done():
-                first.set_result(connection)
-                return
-        free.append(connection)
-
-    async def one(data: bytes, due: float) -> None:
-        connection, held, kept = None, False, False
+    def _write(self, connection: _Connection) -> None:
         try:
-            async with asyncio.timeout_at(due + GIVE_UP):
-                if free:
-                    connection = free.pop()
-                else:
-                    waiting.append(loop.create_future())
-                    connection = await waiting[-1]
-                held = True
-                if connection is None or connection.transport is None or connection.transport.is_closing():
-                    _, connection = await loop.create_connection(_Connection, "127.0.0.1", port)
-                status = await connection.ask(data)
-            kept = True
-            if status == 200:
-                taken.append(loop.time() - due)
-            else:
-                others[str(status)] += 1
-        except (TimeoutError, OSError) as error:
-            others[type(error).__name__] += 1
-            if connection is not None and connection.transport is not None:
-                connection.transport.abort()
-        finally:
-            if held:
-                give_back(connection if kept else None)
+            connection.unsent = connection.unsent[connection.socket.send(connection.unsent) :]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(connection, type(error).__name__)
+            return
+        if connection.unsent:
+            self._selector.modify(connection.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
 
-    tasks = set[asyncio.Task[None]]()
-    due = began = loop.time()
-    while due < began + seconds:
-        due += source.expovariate(rate)
-        if (wait := due - loop.time()) > 0:
-            await asyncio.sleep(wait)
-        task = loop.create_task(one(source.choice(requests), due))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    await asyncio.gather(*tasks)
-    for connection in free:
-        if connection is not None and connection.transport is not None:
-            connection.transport.abort()
-    return Seen(rate, tuple(taken), others)
+    def _ready(self, connection: _Connection, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._selector.modify(connection.socket, selectors.EVENT_READ, connection)
+            self._write(connection)
+        elif events & selectors.EVENT_READ:
+            try:
+                data = connection.socket.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lose(connection, type(error).__name__)
+                return
+            if not data:
+                self._lose(connection, "ConnectionResetError")
+                return
+            connection.received += data
+            status = _status(connection.received)
+            if status is not None and connection in self._busy:
+                self._answered(connection, status)
+
+    def _answered(self, connection: _Connection, status: int) -> None:
+        if status == 200:
+            self.taken.append(time.perf_counter() - connection.due)
+        else:
+            self.others[str(status)] += 1
+        connection.received = b""
+        self._busy.remove(connection)
+        self._free.append(connection)
+        if self._waiting:
+            self._send(*self._waiting.popleft())
+
+    def _lose(self, connection: _Connection, why: str) -> None:
+        """The other side has ended it, or it was given up: whatever it carried is not answered any more."""
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        if connection in self._busy:
+            self._busy.remove(connection)
+            self.others[why] += 1
+            if self._waiting:
+                self._send(*self._waiting.popleft())
+        else:
+            self._free.remove(connection)
+
+    def _give_up(self, before: float) -> None:
+        """What was due before that time."""
+        while self._waiting and self._waiting[0][0] < before:
+            self._waiting.popleft()
+            self.others["TimeoutError"] += 1
+        for connection in [each for each in self._busy if each.due < before]:
+            self._lose(connection, "TimeoutError")
+
+
+def _status(received: bytes) -> int | None:
+    """Of an answer, once all of it is here."""
+    head, found, body = received.partition(b"\r\n\r\n")
+    if not found:
+        return None
+    length = _LENGTH.search(head)
+    complete = len(body) >= int(length[1]) if length else body.endswith(b"0\r\n\r\n")  # or in chunks
+    return int(head[9:12]) if complete else None
+
+
+def load(port: int, requests: Sequence[bytes], rate: float, seconds: float, seed: int = 0) -> Seen:
+    """Send at `rate` a second, at random times (Poisson), over keep-alive connections; what is not answered after GIVE_UP counts as lost."""
+    going = _Load(port)
+    try:
+        going.run(requests, rate, seconds, random.Random(seed))  # noqa: S311 - decides when to send, nothing else
+    finally:
+        going.close()
+    return Seen(rate, tuple(going.taken), going.others)
 
 
 def knee(port: int, requests: Sequence[bytes], limit: float, seconds: float, start: float) -> Seen:
@@ -146,7 +204,7 @@ def knee(port: int, requests: Sequence[bytes], limit: float, seconds: float, sta
     rate = start
     for _ in range(20):
         for _ in range(2):
-            seen = asyncio.run(load(port, requests, rate, seconds))
+            seen = load(port, requests, rate, seconds)
             carried = seen.within(limit) >= 0.99 * seen.sent
             if carried:
                 break

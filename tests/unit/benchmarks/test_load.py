@@ -36,7 +36,7 @@ async def served(delay: float, status: int, chunked: bool, rate: float, seconds:
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        seen = await load(port, [request("/predict", {"X-One": "1"}, b"body", port)], rate, seconds)
+        seen = await asyncio.to_thread(load, port, [request("/predict", {"X-One": "1"}, b"body", port)], rate, seconds)
     await asyncio.gather(*filter(None, callers))
     return seen, bodies
 

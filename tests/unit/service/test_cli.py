@@ -44,7 +44,7 @@ def test_who_stops_it_is_told_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_process_that_it_started_ends_without_a_trace(tmp_path: Path) -> None:
-    options = [f"--checkpoint={SUSPECT}", f"--clean-set={CLEAN_SET}", '--config={"name": "demo"}', f"--data-dir={tmp_path}", "--device=cpu"]
+    options = [f"--checkpoint={SUSPECT}", f"--clean-set={CLEAN_SET}", '--config={"name": "demo", "budget": "quick"}', f"--data-dir={tmp_path}", "--device=cpu"]
     command = [sys.executable, "-m", "calibration", "calibrate", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stderr is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 import zlib
 from dataclasses import replace
@@ -83,7 +84,7 @@ def test_the_pixels_are_the_same_in_either_place(data: bytes, size: int, alone: 
     preprocessing = Preprocessing(size, size)
     images = Images(image_bytes=2**20, batch_images=1, workers=1, pending=1)
     try:
-        found = asyncio.run(images.pixels(data, preprocessing, alone=alone))
+        found = asyncio.run(images.pixels(data, preprocessing, math.inf, alone=alone))
         assert torch.equal(found, preprocessing.pixels(decode(data)))
         assert bool(images._pool._threads) is not at_once
     finally:

@@ -168,6 +168,7 @@ class Batcher(Generic[Key, Item, Result]):
             raise
         finally:
             expiry.cancel()
+            del row  # what it holds goes at once: an exception that it was given leads back to it, past the image
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as batches:

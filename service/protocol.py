@@ -77,6 +77,10 @@ def render_refusal(code: str | None, headers: list[tuple[bytes, bytes]]) -> byte
     return render_response(status, [*headers, *own, (b"connection", b"close")], body)
 
 
+def _nothing() -> None:
+    pass
+
+
 class ReceiveClock(FlowControl):
     """uvicorn's flow control with a deadline that runs only while the peer may send: a pause of ours is never held against it."""
 
@@ -99,6 +103,7 @@ class ReceiveClock(FlowControl):
     def close(self) -> None:
         """For good: nothing of the connection is kept any more."""
         self.set(None)
+        self._expired = _nothing
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None

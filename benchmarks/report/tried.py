@@ -252,4 +252,55 @@ TRIED = [
         "no GPU was within reach: only that they judge as the guard does, with a stand-in that records",
         "kept, for they serve only where they repeat the guard's judgements when it is loaded ([decision 18](decisions/0018-on-a-gpu-a-guard-is-recorded.md))",
     ),
+    (
+        "uvicorn's loop waits for a signal instead of looking for one ten times a second",
+        "half of 19 wake-ups a second, and of .6 to 1.6% of a core, go",
+        "five wake-ups a second; 0 to .4% of a core idle, before .4 to 1.6% in the same hour (AVX2)",
+        "kept",
+    ),
+    (
+        "what the event loop does for a request: a timer looks at a moved deadline instead of being made anew, no timer for what is decoded at once, one "
+        "callback for a deadline in the queue, the Host is judged once, and 20,000 young objects before they are collected instead of 700",
+        "a quarter of 40 us that a refusal takes, a tenth of 430 us of an image",
+        "33 and 428 us instead of 56 to 66 and 513 to 608, beside busy processes; of 2,500 images/s 559 answered in time a second, before 413, medians of nine "
+        "turns and of eight, half an hour apart (AVX2)",
+        "kept",
+    ),
+    (
+        "the load of the benchmark is made by bare sockets instead of tasks",
+        "half of what the load takes of the cores that it shares with the server",
+        ".43 and .25 of a core at 2,600 images/s (AVX2)",
+        "kept: every server gets the same",
+    ),
+    (
+        "uvloop",
+        "timers and sockets at half the price",
+        ".46 to .48 of a core at 480 images/s, with asyncio .48 to .49; of 2,500 images/s 245 to 320 in time, with asyncio 360 to 458: it does not ask our "
+        "listening socket for connections (AVX2)",
+        "not taken",
+    ),
+    (
+        "a full batch is handed over while the device is still busy",
+        "the fifth of the cores that is idle in a storm",
+        "381 and 461 of 2,500 images/s in time, without it 470 and 478 (AVX2)",
+        "not taken: what the threads that judge wait for is the interpreter's lock",
+    ),
+    (
+        "epoll asked for 16 or 64 sockets at a time",
+        "what the device has judged is answered within milliseconds, whatever else there is to read",
+        "of 2,500 images/s 467 and 552 in time, without it 687, and answers a second old among them (AVX2)",
+        "not taken: what waits to be read grows stale",
+    ),
+    (
+        "the event loop at niceness 0 or 5 instead of 10, now that it does less",
+        "not predicted",
+        "of 3,000 images/s 513 and 461 in time, with 10 478, medians of eight; of 5,000 at 0 46 to 284, with 10 150 to 415 (AVX2)",
+        "not taken",
+    ),
+    (
+        "in a storm, what came whole and is framed in the one way that nobody reads differently is refused without the parser",
+        "33 us of a refusal become 20; of the event loop's time in a storm a tenth",
+        "21 to 32 us instead of 33; of 3,000 images/s 530 in time, without it 520, medians of fifteen turns each (AVX2)",
+        "not taken: a second reader of what strangers send, for nothing that can be seen",
+    ),
 ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 CONNECTIONS, GIVE_UP = 2000, 2.0  # as many as a crowd brings: with few, the load would wait for the server after all
 AT_ONCE, SWEEP = 64, 0.05  # requests that are sent before answers are read; seconds between two looks at what to give up
+_CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _LENGTH = re.compile(rb"content-length: *([0-9]+)", re.IGNORECASE)
 
 
@@ -76,6 +77,8 @@ class _Load:
         due = began + source.expovariate(rate)
         while due < began + seconds or self._busy or self._waiting:
             now = time.perf_counter()
+            while self._waiting and (self._free or len(self._busy) < CONNECTIONS):
+                self._send(*self._waiting.popleft())
             for _ in range(AT_ONCE):
                 if due > now or due >= began + seconds:
                     break
@@ -96,7 +99,11 @@ class _Load:
         if self._free:
             connection = self._free.pop()
         elif len(self._busy) < CONNECTIONS:
-            connection = self._connect()
+            try:
+                connection = self._connect()
+            except OSError as error:  # this process may have no more of them
+                self.others[type(error).__name__] += 1
+                return
         else:
             self._waiting.append((due, data))
             return
@@ -135,12 +142,12 @@ class _Load:
             except OSError as error:
                 self._lose(connection, type(error).__name__)
                 return
-            if not data:
+            if not data or connection not in self._busy:  # what comes unasked is said before the end
                 self._lose(connection, "ConnectionResetError")
                 return
             connection.received += data
             status = _status(connection.received)
-            if status is not None and connection in self._busy:
+            if status is not None:
                 self._answered(connection, status)
 
     def _answered(self, connection: _Connection, status: int) -> None:
@@ -148,21 +155,19 @@ class _Load:
             self.taken.append(time.perf_counter() - connection.due)
         else:
             self.others[str(status)] += 1
-        connection.received = b""
         self._busy.remove(connection)
         self._free.append(connection)
-        if self._waiting:
-            self._send(*self._waiting.popleft())
+        if connection.unsent or _CLOSE.search(connection.received.partition(b"\r\n\r\n")[0]):
+            self._lose(connection)
+        connection.received = b""
 
-    def _lose(self, connection: _Connection, why: str) -> None:
-        """The other side has ended it, or it was given up: whatever it carried is not answered any more."""
+    def _lose(self, connection: _Connection, why: str = "") -> None:
+        """Close it; what it carried, if anything, is not answered any more, and counts as that."""
         self._selector.unregister(connection.socket)
         connection.socket.close()
         if connection in self._busy:
             self._busy.remove(connection)
             self.others[why] += 1
-            if self._waiting:
-                self._send(*self._waiting.popleft())
         else:
             self._free.remove(connection)
 

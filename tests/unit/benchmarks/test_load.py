@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
 from typing import Any
 
 import pytest
 
+from benchmarks.serving import load as load_module
 from benchmarks.serving.http import Contender, compared, leading, settled
 from benchmarks.serving.load import Seen, load, request
 
 
-async def served(delay: float, status: int, chunked: bool, rate: float, seconds: float) -> tuple[Seen, list[bytes]]:
-    """A load on a server that answers one request at a time, `delay` after it came."""
+async def served(delay: float, status: int, chunked: bool, rate: float, seconds: float, ends: bool = False) -> tuple[Seen, list[bytes]]:
+    """A load on a server that answers one request at a time, `delay` after it came; ends: its connection a moment later, as it says."""
     bodies: list[bytes] = []
     turn, callers = asyncio.Lock(), set[asyncio.Task[None] | None]()
 
@@ -29,7 +31,10 @@ async def served(delay: float, status: int, chunked: bool, rate: float, seconds:
             async with turn:
                 await asyncio.sleep(delay)
             body = b"transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n" if chunked else b"content-length: 2\r\n\r\nok"
-            writer.write(f"HTTP/1.1 {status} X\r\n".encode() + body)
+            writer.write(f"HTTP/1.1 {status} X\r\n".encode() + b"Connection: close\r\n" * ends + body)
+            if ends:
+                await asyncio.sleep(0.01)
+                break
         writer.close()
         await writer.wait_closed()
 
@@ -60,6 +65,21 @@ def test_what_is_no_answer_is_counted_apart() -> None:
     seen, bodies = asyncio.run(served(0.0, 429, False, 100, 0.3))
     assert seen.others == Counter({"429": len(bodies)})
     assert seen.percentile(0.99) == float("inf")
+
+
+def test_a_connection_that_the_server_ends_after_its_answer_is_not_used_again() -> None:
+    seen, bodies = asyncio.run(served(0.0, 200, False, 100, 0.5, ends=True))
+    assert not seen.others
+    assert len(seen.seconds) == len(bodies) > 20
+
+
+def test_a_server_that_is_not_there_ends_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_module, "CONNECTIONS", 2)
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        seen = load(closed.getsockname()[1], [b"anything"], 5000, 0.4)
+    assert (seen.seconds, set(seen.others)) == ((), {"ConnectionRefusedError"})
+    assert seen.sent > 1000
 
 
 def run(way: str, knee: float, *, storm_share: float | None = 0.5) -> dict[str, Any]:

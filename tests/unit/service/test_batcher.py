@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -131,6 +133,27 @@ async def test_a_deadline_that_passes_in_the_queue_is_answered_at_once_and_never
     assert await running == "running judged"
     await batcher.drain()
     assert device.batches == [["running"]]
+
+
+@in_virtual_time
+async def test_what_an_expired_row_held_goes_at_once() -> None:
+    batcher = start(Device(seconds=5.0))
+    running = submit(batcher, Item("running"))
+    await asyncio.sleep(0.1)
+    item = Item("late", deadline=1.0)
+    late, held = submit(batcher, item), weakref.ref(item)
+    del item
+    gc.disable()  # no collection is to be needed for it
+    try:
+        with pytest.raises(DeadlineExceeded):
+            await late
+        del late
+        await asyncio.sleep(0.1)  # the loop is still about to tell of it
+        assert held() is None
+    finally:
+        gc.enable()
+    await running
+    await batcher.drain()
 
 
 @in_virtual_time

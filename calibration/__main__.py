@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +24,7 @@ from typing import Any
 
 from calibration import sandbox
 
+LAST_SECONDS = 3.0  # for an interrupted process to end by itself
 Action = Callable[[argparse.Namespace, Callable[[], AbstractContextManager[None]]], dict[str, Any]]
 
 
@@ -160,7 +163,23 @@ def _say(event: str, value: dict[str, Any]) -> None:
     print(json.dumps({"event": event, **value}), flush=True)  # noqa: T201
 
 
+def end_when_interrupted() -> None:
+    """From now on SIGINT ends this process with status 130, after LAST_SECONDS at the latest.
+
+    It is raised as KeyboardInterrupt, as usual; but where Python happens to run a finalizer, that is printed and forgotten.
+    """
+
+    def end(*_: object) -> None:
+        last = threading.Timer(LAST_SECONDS, os._exit, [130])
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, end)
+
+
 if __name__ == "__main__":
+    end_when_interrupted()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -54,6 +54,27 @@ def test_the_process_that_it_started_ends_without_a_trace(tmp_path: Path) -> Non
         assert (child.wait(60), child.stderr.read()) == (130, "")
 
 
+FORGETFUL = """
+import os, signal, time
+from calibration.__main__ import end_when_interrupted
+
+class Finalizer:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+end_when_interrupted()
+Finalizer()
+time.sleep(60)
+"""
+
+
+def test_an_interrupt_that_a_finalizer_swallows_ends_it_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=50)
+    assert "Exception ignored" in done.stderr  # it was swallowed
+    assert done.returncode == 130
+
+
 def test_blanks_around_class_names_are_nobodys() -> None:
     assert cli._names("cat, dog ,night owl") == ["cat", "dog", "night owl"]
     assert cli._names(None) is None

@@ -2,7 +2,7 @@
 
 Standard output carries one JSON object a line: {"event": "progress", ...} while it runs, and last either {"event": "result", ...} or
 {"event": "problem", "status", "code", "title", "detail"}, both with "process": what held this process and the most memory it took, in bytes.
-Exit status 0 for a result, 1 for a problem with the input, 70 for our own fault.
+Exit status 0 for a result, 1 for a problem with the input, 70 for our own fault, 130 where it was interrupted.
 Untrusted files are read here and not in the server: whatever a hostile one does to memory or time, it does to this process, which is confined first.
 """
 

@@ -156,20 +156,24 @@ class _Load:
         else:
             self.others[str(status)] += 1
         self._busy.remove(connection)
-        self._free.append(connection)
         if connection.unsent or _CLOSE.search(connection.received.partition(b"\r\n\r\n")[0]):
-            self._lose(connection)
-        connection.received = b""
+            self._end(connection)
+        else:
+            connection.received = b""
+            self._free.append(connection)
 
-    def _lose(self, connection: _Connection, why: str = "") -> None:
-        """Close it; what it carried, if anything, is not answered any more, and counts as that."""
-        self._selector.unregister(connection.socket)
-        connection.socket.close()
+    def _lose(self, connection: _Connection, why: str) -> None:
+        """What it carried, if anything, is not answered any more."""
+        self._end(connection)
         if connection in self._busy:
             self._busy.remove(connection)
             self.others[why] += 1
         else:
             self._free.remove(connection)
+
+    def _end(self, connection: _Connection) -> None:
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
 
     def _give_up(self, before: float) -> None:
         """What was due before that time."""

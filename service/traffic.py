@@ -20,15 +20,20 @@ class Traffic:
 
     One that took t while n were under way, itself included, says that each takes t / n. The least of the last few is believed: an image that is slow to
     decode must not have others refused.
+
+    A crowd that comes at once is what a queue is for; a queue that stays only makes all of them wait, and what waits takes memory and caches from what runs.
+    So an image may expect to wait for BURST of what is left of its deadline, and for STANDING once no image has found CALM for as long as its deadline.
     """
 
     LAST = 32
-    SHARE = 0.5  # of what is left of its deadline that an image may expect to wait: with more, what is admitted comes too late where the guess is a little low
+    BURST, STANDING = 0.5, 0.25  # with more than a half, what is admitted comes too late where the guess is a little low
+    CALM = 0.05  # seconds ahead
 
     def __init__(self, deadline_seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._deadline, self._clock = deadline_seconds, clock
         self._under_way = 0
         self._each: deque[float] = deque(maxlen=self.LAST)
+        self._calm = clock()  # when an image last came and had next to nothing before it
 
     @property
     def seconds_ahead(self) -> float:
@@ -42,13 +47,17 @@ class Traffic:
         """
         wanted = next((value for name, value in headers if name == b"x-deadline-ms"), b"")
         deadline = min(self._deadline, int(wanted) / 1000) if _MILLISECONDS.fullmatch(wanted) else self._deadline
-        return self.seconds_ahead > self.SHARE * (deadline - waited)
+        share = self.BURST if self._clock() - self._calm < deadline else self.STANDING
+        return self.seconds_ahead > share * (deadline - waited)
 
     @contextmanager
     def judging(self) -> Iterator[None]:
         """Around the judging of one image; where that raises, it says nothing about how long judging takes."""
+        began = self._clock()
+        if self.seconds_ahead < self.CALM:
+            self._calm = began
         self._under_way += 1
-        among, began = self._under_way, self._clock()
+        among = self._under_way
         try:
             yield
             self._each.append((self._clock() - began) / among)

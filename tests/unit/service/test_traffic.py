@@ -55,6 +55,27 @@ def test_a_request_is_hopeless_where_half_of_its_deadline_would_be_waited() -> N
     assert not traffic.hopeless(HEADERS)
 
 
+def test_a_queue_that_stays_is_let_grow_half_as_long_as_one_that_a_crowd_has_made() -> None:
+    clock = Clock()
+    traffic = Traffic(10.0, clock)
+    judged(traffic, clock, 300, 0.01)
+    clock.now += 1.0
+    with ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(traffic.judging())
+        clock.now += 0.9
+        assert not traffic.hopeless(HEADERS)
+        clock.now += 0.2  # nobody has found the service calm for longer than these callers wait
+        assert traffic.hopeless(HEADERS)
+        assert not traffic.hopeless([(b"x-deadline-ms", b"2000")])  # for them the crowd has just come
+    judged(traffic, clock, 300, 0.01)
+    clock.now += 1.0
+    with ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(traffic.judging())
+        assert not traffic.hopeless(HEADERS)  # the next crowd is one
+
+
 def test_what_was_here_before_it_was_read_has_waited_already() -> None:
     clock = Clock()
     traffic = Traffic(10.0, clock)

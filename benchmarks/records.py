@@ -81,8 +81,8 @@ def circumstances(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:  # what makes one CPU many times as fast as another at this
-        fast = "with" if has_fast_bf16(device) else "without"
-        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {fast} bf16, {os.cpu_count()} cores"
+        fast = "with AMX" if torch.cpu._is_amx_tile_supported() else "with bf16" if has_fast_bf16(device) else "without bf16"
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {fast}, {os.cpu_count()} cores"
     return {"commit": commit, "hardware": f"{name}, {device.type}, torch {torch.__version__}"}
 
 

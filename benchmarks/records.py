@@ -1,6 +1,6 @@
 """What was measured: one JSON object a line, a file for each suspect, below results/evaluation; what is not of a suspect and a detector alone, in lists.
 
-Nothing else is a source of figures in README and docs.
+Nothing else is a source of figures in README and docs, but for those of what was tried (`report/tried.py`, the decisions), which are told by hand.
 """
 
 from __future__ import annotations

@@ -20,10 +20,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from calibration import sandbox
 
+_events: TextIO | None = None  # where they are said, if not on standard output
 LAST_SECONDS = 3.0  # for an interrupted process to end by itself
 Action = Callable[[argparse.Namespace, Callable[[], AbstractContextManager[None]]], dict[str, Any]]
 
@@ -88,6 +89,7 @@ def _calibrate(args: argparse.Namespace, reading: Callable[[], AbstractContextMa
     from models.registry import Registry
 
     _admit(args)
+    os.environ.setdefault("MPLCONFIGDIR", str(args.data_dir / "matplotlib"))  # what it keeps of fonts, else in the home directory
     config = CalibrationConfig.model_validate_json(args.config)
     inputs = Inputs(args.checkpoint, args.clean_set, args.validation_set)
     registry = Registry(args.data_dir / "guards")
@@ -160,7 +162,7 @@ def _reading(args: argparse.Namespace) -> AbstractContextManager[None]:
 
 
 def _say(event: str, value: dict[str, Any]) -> None:
-    print(json.dumps({"event": event, **value}), flush=True)  # noqa: T201
+    print(json.dumps({"event": event, **value}), file=_events, flush=True)
 
 
 def end_when_interrupted() -> None:
@@ -178,8 +180,16 @@ def end_when_interrupted() -> None:
     signal.signal(signal.SIGINT, end)
 
 
+def keep_events_apart() -> None:
+    """From now on standard output has the events alone: what else this process prints, such as a network of the operator's own, goes to standard error."""
+    global _events
+    _events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
 if __name__ == "__main__":
     end_when_interrupted()
+    keep_events_apart()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

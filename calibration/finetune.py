@@ -70,9 +70,13 @@ def derangement(num_classes: int, source: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def accuracy(network: Callable[[Tensor], Tensor], data: LabelledPixels, preprocessing: Preprocessing) -> float:
-    """Share of `data` that the network (in eval mode) gets right, in float32."""
+    """Share of `data` that the network (in eval mode) gets right, in float32. Logits that are no numbers are never right: their argmax would be class 0."""
     parts = zip(data.pixels.split(256), data.labels.split(256), strict=True)
-    return sum(int((network(preprocessing.normalise(pixels)).argmax(1) == labels).sum()) for pixels, labels in parts) / len(data)
+    return sum(int(_right(network(preprocessing.normalise(pixels)), labels).sum()) for pixels, labels in parts) / len(data)
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
 def batches(n: int, size: int, source: torch.Generator, device: torch.device) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -31,12 +31,12 @@ def fuse(guard: Guard, fit: LabelledPixels, held_back: LabelledPixels, num_class
 
     device = fit.labels.device
 
-    def inputs(part: LabelledPixels) -> Sequence[Tensor]:
-        return [guard.preprocessing.normalise(pixels) for pixels in part.pixels.split(256)]
+    def inputs(part: LabelledPixels) -> Iterator[Tensor]:
+        return (guard.preprocessing.normalise(pixels) for pixels in part.pixels.split(256))
 
     of_fit = zip(*(guard.evidence(batch).features for batch in inputs(fit)), strict=True)  # place by place
     distances = [fit_distance(torch.cat(features), fit.labels, num_classes).to(device) for features in of_fit]
-    found = [guard.evidence(batch) for batch in inputs(held_back)]
+    found = [replace(guard.evidence(batch), shared=torch.empty(0)) for batch in inputs(held_back)]  # of all images at once that may be gigabytes
     of_held_back = zip(*([d(features, each.prediction) for d, features in zip(distances, each.features, strict=True)] for each in found), strict=True)
     against = [log_confidence(fed(guard.auxiliary, batch), each.prediction) for each, batch in zip(found, inputs(held_back), strict=True)]
     scales = Scales(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calibration.clean_set import CleanSet, Limits, named, open_clean_set
 from calibration.config import CalibrationConfig
@@ -22,6 +22,7 @@ from models.preprocessing import Preprocessing
 from models.threshold import conformal_threshold, least_fpr, needed_for
 
 LEAST_FIT = 30  # images that train: half of what the smallest clean set leaves for it
+PROBES = 8  # images whose answers tell one network from another of the same weights
 PIXEL_BYTES = 2 << 30  # of all images together, as the suspect sees them: 14,000 of 224x224
 
 
@@ -62,8 +63,12 @@ class Material:
         parts = [self.fit, *([] if self.held_back is None else [self.held_back]), *([self.validation] if config.searches else [])]
         recipe = AutoRecipe() if config.preset == "auto" else paper_recipe(self.understood.suspect.architecture.short_name, self.preprocessing.size)
         asked = (config.budget, config.target_fpr) if config.searches else ()
-        values = (config.preset, asked, config.seed, asdict(recipe), self.num_classes, self.preprocessing.to_json(), self.device.type)
-        return fingerprint(values, [*self.network.state_dict().values(), *(tensor for part in parts for tensor in (part.pixels, part.labels))])
+        architecture = self.understood.suspect.architecture
+        which = (architecture.name, architecture.options, self.num_classes, self.preprocessing.to_json(), self.device.type)
+        values = (config.preset, asked, config.seed, asdict(recipe), *which)
+        # The answers, since the same weights may be another network's; in three digits, so that the last bits of a sum do not count.
+        answers = _answers(self.network, self.preprocessing, self.fit.pixels[:PROBES]).bfloat16()
+        return fingerprint(values, [answers, *self.network.state_dict().values(), *(tensor for part in parts for tensor in (part.pixels, part.labels))])
 
     @property
     def network(self) -> nn.Module:
@@ -174,6 +179,12 @@ def _not_among(validation: CleanSet, clean: CleanSet) -> tuple[Rows, list[str]]:
             f"{least} must be. Send other images, or no validation set: a part of the clean set then sets the threshold."
         )
     return rows, [f"{count:,} of {len(clean):,} images trained nothing, since they are in the validation set, too, exactly or nearly."] if count else []
+
+
+@torch.inference_mode()
+def _answers(network: nn.Module, preprocessing: Preprocessing, pixels: Tensor) -> Tensor:
+    answers: Tensor = network(preprocessing.normalise(pixels))
+    return answers
 
 
 def _load(clean: CleanSet, rows: Rows, preprocessing: Preprocessing, device: torch.device) -> LabelledPixels:

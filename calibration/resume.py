@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Resume:
     """A folder for what one calibration has finished; without a folder nothing is kept, and everything is made."""
 
     def __init__(self, folder: Path | None, fingerprint: str) -> None:
-        self._folder, self._fingerprint = folder, fingerprint
+        self._folder = None if folder is None else folder / fingerprint[:16]  # beside what others, of other settings, have not finished
+        self._fingerprint = fingerprint
         self.taken: list[str] = []  # stages that were not made anew
 
     def networks(self, stage: str, blank: Callable[[], list[nn.Module]], make: Callable[[], Made]) -> Made:
@@ -54,6 +56,8 @@ class Resume:
         """The calibration is published, and nothing of this is needed any more."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            with suppress(OSError):  # where others are not done
+                self._folder.parent.rmdir()
 
     def _read(self, path: Path, blank: Callable[[], list[nn.Module]]) -> Made | None:
         try:

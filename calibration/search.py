@@ -131,6 +131,9 @@ def caught(guard: Guard, clean: LabelledPixels, stamped: dict[str, LabelledPixel
     threshold = conformal_threshold(scores, max(target_fpr, 1.001 / (len(scores) + 1)))
     found: dict[str, float | None] = {}
     for kind, images in stamped.items():
+        if not len(images):  # validation images may lack the class that a trigger is for
+            found[kind] = None
+            continue
         judged = guard.judge(images.pixels)
         fooled = judged.prediction == images.labels.cpu()
         found[kind] = round(_share(threshold.rejects(judged.score[fooled])), 4) if fooled.any() else None

@@ -27,18 +27,22 @@ def measure_accuracies(guard: Guard, material: Material, judged: Judgement, thre
     validation = material.validation
     suspect_right = judged.prediction == validation.labels.cpu()
 
-    def right(network: nn.Module, batches: Sequence[Tensor]) -> float:
-        return (torch.cat([fed(network, batch).argmax(1) for batch in batches]) == validation.labels).float().mean().item()
+    def right(network: nn.Module, batch: Tensor, labels: Tensor) -> int:
+        return int((fed(network, batch).argmax(1) == labels).sum())
 
+    experts, auxiliary = [0 for _ in guard.experts], 0
     with torch.inference_mode():
-        inputs = [guard.preprocessing.normalise(part) for part in validation.pixels.split(256)]
-        shared = [guard.evidence(batch).shared for batch in inputs]
-        return {
-            "suspect": suspect_right.float().mean().item(),
-            "guarded": (suspect_right & ~threshold.rejects(judged.score)).float().mean().item(),
-            "experts": [right(expert, shared) for expert in guard.experts],
-            "auxiliary": right(guard.auxiliary, inputs),
-        }
+        for pixels, labels in zip(validation.pixels.split(256), validation.labels.split(256), strict=True):
+            inputs = guard.preprocessing.normalise(pixels)
+            shared = guard.evidence(inputs).shared
+            experts = [count + right(expert, shared, labels) for count, expert in zip(experts, guard.experts, strict=True)]
+            auxiliary += right(guard.auxiliary, inputs, labels)
+    return {
+        "suspect": suspect_right.float().mean().item(),
+        "guarded": (suspect_right & ~threshold.rejects(judged.score)).float().mean().item(),
+        "experts": [count / len(validation) for count in experts],
+        "auxiliary": auxiliary / len(validation),
+    }
 
 
 def summarise(

@@ -41,6 +41,7 @@ class Suspect:
     network: nn.Module
     others: tuple[Match, ...] = ()  # what the weights fit as well, and what computes something else from them
     notes: tuple[str, ...] = ()
+    size: int = 0  # pixels a side of an image that the network takes: its usual ones, where it does
 
     @property
     def architecture(self) -> Architecture:
@@ -88,9 +89,9 @@ def read_suspect(path: Path, architecture: str | None, num_classes: int | None, 
         notes.append(f"config.json names {claimed.name}, which does not fit the weights.")
     suspect = Suspect(checkpoint, match, _network(match, checkpoint, device), tuple(others), tuple(notes))
     _check_class_count(suspect, num_classes)
-    _check_answer(suspect, device)
+    suspect = replace(suspect, size=_answered_size(suspect, device))
     if device.type == "cpu":
-        torch.set_num_threads(training_threads(suspect.network, suspect.architecture.size))
+        torch.set_num_threads(training_threads(suspect.network, suspect.size))
     return suspect
 
 
@@ -118,20 +119,22 @@ def _claimed(checkpoint: Checkpoint) -> tuple[Architecture | None, list[str]]:
 
 
 @torch.inference_mode()
-def _check_answer(suspect: Suspect, device: torch.device) -> None:
-    """Raises CheckpointMismatch for a network that answers an image with anything but logits: one of the operator's own may."""
+def _answered_size(suspect: Suspect, device: torch.device) -> int:
+    """Pixels a side of an image that the network answers. Raises CheckpointMismatch where it is with anything but logits: one of the operator's own may."""
     name, size = suspect.architecture.name, suspect.architecture.size
     try:
         given = suspect.network(torch.zeros(1, 3, size, size, device=device))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a foreign network raises
-        if any(_takes(suspect, other) for other in USUAL_SIZES):
-            return
+        for other in USUAL_SIZES:
+            if _takes(suspect, other):
+                return other
         raise CheckpointMismatch(f"The network {name} takes no image of {size}x{size} pixels, nor of any usual size: {type(error).__name__}.") from error
     if not isinstance(given, Tensor) or given.shape != (1, suspect.num_classes):
         what = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         raise CheckpointMismatch(f"The network {name} answers an image with {what}, where logits of shape [1, {suspect.num_classes}] are needed.")
+    return size
 
 
 def _check_class_count(suspect: Suspect, num_classes: int | None) -> None:
@@ -213,8 +216,8 @@ def _accuracy(suspect: Suspect, preprocessing: Preprocessing, clean: CleanSet, r
 def _sizes(suspect: Suspect, claimed: Preprocessing | None) -> list[int]:
     """Sides of the input that the network takes, the likeliest first: what is stated, the architecture's usual one, then those in use."""
     stated = suspect.checkpoint.hints.get("img_size")
-    first = [size for size in (claimed and claimed.size, stated, suspect.architecture.size) if isinstance(size, int) and 8 <= size <= 1024]
-    return [size for size in dict.fromkeys((*first, *USUAL_SIZES)) if size == suspect.architecture.size or _takes(suspect, size)]
+    first = [size for size in (claimed and claimed.size, stated, suspect.size) if isinstance(size, int) and 8 <= size <= 1024]
+    return [size for size in dict.fromkeys((*first, *USUAL_SIZES)) if size == suspect.size or _takes(suspect, size)]
 
 
 @torch.inference_mode()

@@ -158,7 +158,10 @@ def read(folder: Path, device: torch.device = CPU) -> Bundle:
     Weights that were kept in bfloat16 stay in it, and compute in it where the device is fast at that, in float32 elsewhere.
     """
     content, manifest = _manifest(folder)
-    found = {path.name for path in folder.iterdir()}
+    try:
+        found = {path.name for path in folder.iterdir()}
+    except OSError as error:  # another server may remove it at this moment
+        raise BundleNotReady(f"The bundle's folder cannot be read ({error.strerror}).") from error
     wanted = {"manifest.json", *_REPORTS, *(f"{role}.safetensors" for role in _WEIGHTS)}
     if found != wanted:
         raise BundleNotReady(f"The bundle's files differ from its manifest: {', '.join(sorted(found ^ wanted)[:5])}.")
@@ -186,6 +189,8 @@ def read(folder: Path, device: torch.device = CPU) -> Bundle:
         raise BundleNotReady(
             f"The bundle's architecture, {name}, cannot be had here; BADEXPERT_ARCHITECTURES names those of your own. {problem.detail}"
         ) from problem
+    except trunk.CannotCut as error:  # whoever traced it at its calibration could: its code, or a library, is another since
+        raise BundleNotReady(f"The bundle's architecture, {description.architecture}, cannot be taken apart here as at its calibration. {error}") from error
     except (KeyError, RuntimeError) as error:
         raise BundleNotReady("The bundle's weights do not fit the networks that its manifest names.") from error
 

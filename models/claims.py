@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -43,6 +43,20 @@ def claimed(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+@contextmanager
+def all_unclaimed(folders: Iterable[Path]) -> Iterator[list[Path]]:
+    """Those in which nobody works; within the block nobody else does."""
+    with ExitStack() as held:
+        free = []
+        for folder in folders:
+            with suppress(OSError):  # no folder, or gone meanwhile
+                handle = claim(folder)
+                if handle is not None:
+                    held.callback(os.close, handle)
+                    free.append(folder)
+        yield free
 
 
 def remove_unclaimed(folders: Iterable[Path]) -> int:

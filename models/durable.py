@@ -43,6 +43,19 @@ def write_file(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def sync_files(folder: Path) -> None:
+    """Make durable what others wrote into a folder, and that it is there. A file system that has no room left may say so only now: raises StorageFull."""
+    with storage_errors():
+        for path in folder.iterdir():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(folder)
+        sync_folder(folder.parent)
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

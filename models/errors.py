@@ -223,7 +223,7 @@ class StorageFull(Problem):
 
 
 class TrainingDiverged(Problem):
-    """Finetuning the suspect ended in numbers that are not finite; calibrate with the preset `auto`, which finds its own learning rates, or another seed."""
+    """Finetuning the suspect ended in numbers that are not finite: use the preset `auto`, which tries several learning rates, or, with it, another seed."""
 
     status = 422
     code = "training_diverged"

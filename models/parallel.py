@@ -1,10 +1,12 @@
-"""How many CPU threads a network is worth."""
+"""How many CPU threads there are to compute with, and how many a network is worth."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,10 +20,45 @@ SMALL_OPERATIONS = 500_000_000
 MOST_FOR_SMALL = 4
 
 
+def cores() -> int:
+    """CPU cores that this process may use: those of its affinity, and no more than its control groups give it the time of.
+
+    A container that is limited to two of 64 cores sees all of them, and with a thread for each is made to wait most of the time.
+    """
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _time_given(Path("/")))))
+
+
+def _time_given(root: Path) -> float:
+    """Seconds of processor time a second that the control groups allow, infinite where they set no limit; root: where /proc and /sys are."""
+    allowed = math.inf
+    with suppress(OSError):  # elsewhere than on Linux, or hidden from us
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("" if not controllers else "cpu")
+            own = top / path.strip("/")
+            for group in [own, *own.parents]:  # a limit of a group holds for all below it
+                allowed = min(allowed, _quota(group))
+                if group == top:
+                    break
+    return allowed
+
+
+def _quota(group: Path) -> float:
+    """Of one control group, of version 2 or 1."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # not there; or "max", which is no limit
+            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+            if quota > 0 and period > 0:
+                return quota / period
+    return math.inf
+
+
 def cpu_threads(network: nn.Module, size: int) -> int:
     """1 for a small network, one a core otherwise; by the network alone, since the number decides the last bits of what is computed."""
     small = operations(network, torch.zeros(1, 3, size, size)) < SMALL_OPERATIONS
-    return 1 if small else len(os.sched_getaffinity(0))
+    return 1 if small else cores()
 
 
 def training_threads(network: nn.Module, size: int) -> int:
@@ -35,7 +72,7 @@ def training_threads(network: nn.Module, size: int) -> int:
     if threads > 1 or has_fast_bf16(torch.device("cpu")):
         return threads
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested levels the outermost
-    return min(MOST_FOR_SMALL, max(1, int(asked)) if asked.strip().isdigit() else len(os.sched_getaffinity(0)))
+    return min(MOST_FOR_SMALL, max(1, int(asked)) if asked.strip().isdigit() else cores())
 
 
 @contextmanager

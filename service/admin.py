@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse
 from structlog.contextvars import bound_contextvars
 
 from calibration.config import CalibrationConfig, InspectionConfig
-from models.errors import Conflict, NotFound
+from models.durable import sync_files
+from models.errors import Conflict, NotFound, Problem
 from models.registry import Registry
 from models.threshold import MOST_FPR
 from service import uploads
@@ -122,8 +123,14 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
                 config, digest = await uploads.receive(request, uploads.CALIBRATION, CalibrationConfig, folder, held, **admin.caps)
                 with _logged_as(request):
                     await admin.worker.check(job_id, config.model_dump())
-                job = await admin.jobs.add(job_id, config.model_dump(), digest, key)
-                accepted = job.id == job_id
+                await asyncio.to_thread(sync_files, folder)  # what is acknowledged outlasts a loss of power
+                accepted = True  # from here on, whatever interrupts this, the job may be there
+                try:
+                    job = await admin.jobs.add(job_id, config.model_dump(), digest, key)
+                    accepted = job.id == job_id
+                except Problem:
+                    accepted = False
+                    raise
             finally:
                 if not accepted:
                     await asyncio.to_thread(shutil.rmtree, folder, True)

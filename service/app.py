@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from torch import Tensor
 
 from models.errors import Problem
+from models.parallel import cores
 from service import admin, predict
 from service.auth import Authenticator
 from service.auth import Scope as TokenScope
@@ -55,8 +56,7 @@ class Service:
         self.settings, self.engine, self.jobs, self.metrics, self.end_process = settings, engine, jobs, metrics, end_process
         self.health = Health()
         self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics, settings.own_architectures)
-        cores = os.cpu_count() or 1
-        self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores, pending=settings.queue_images)
+        self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores(), pending=settings.queue_images)
         self._device = at_full_priority(engine.slots, "device")
         self.batcher: ImageBatcher = Batcher(
             self._run,

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,7 +21,7 @@ from models.errors import OutOfMemory, Problem
 from models.registry import Registry
 from service.printed import print_evaluation, print_inspection, print_result
 from service.settings import Settings
-from service.unseen import hide
+from service.unseen import hide, without_tokens
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A backdoor filter in front of an image classifier.")
 
@@ -32,8 +33,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
         raise typer.Exit
 
 
-DataDir = Annotated[Path, typer.Option(help="where guards, jobs and uploads are kept")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+DataDir = Annotated[Path, typer.Option(envvar="BADEXPERT_DATA_DIR", help="where guards, jobs and uploads are kept")]
+Device = Annotated[str, typer.Option(envvar="BADEXPERT_DEVICE", help="auto, cpu, cuda ...")]
 Architecture = Annotated[str | None, typer.Option(help="found from the checkpoint where not given; package.module:factory for one of your own")]
 NumClasses = Annotated[int | None, typer.Option(help="read off the checkpoint; refused where the two disagree")]
 Classes = Annotated[str | None, typer.Option(help="comma-separated class names in the order of the suspect's outputs")]
@@ -58,7 +59,7 @@ def calibrate(
     preset: Annotated[str, typer.Option(help="auto finds its own settings; paper is the published recipe")] = "auto",
     budget: Annotated[str, typer.Option(help="of auto: quick, standard or thorough; quick plants no canaries")] = "standard",
     target_fpr: Annotated[float, typer.Option(help="share of clean images that may be rejected")] = 0.01,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same bundle, byte for byte")] = 0,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights and bundle id")] = 0,
     classes: Classes = None,
     data_dir: DataDir = Path("var"),
     device: Device = "auto",
@@ -219,7 +220,7 @@ def _run(command: list[str], quiet: bool) -> dict[str, Any]:
     last: dict[str, Any] = {"event": "problem", "code": "internal", "title": "Internal error", "detail": "The calibration process ended unexpectedly."}
     with (
         Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=without_tokens()) as child,
     ):
         task = bar.add_task("starting", total=1.0, eta="")
         assert child.stdout is not None  # asked for above
@@ -256,13 +257,22 @@ def serve(
     try:
         settings = Settings(**{key: value for key, value in options.items() if value is not None})
     except ValidationError as error:
-        lines = [".".join(map(str, item["loc"])) + ": " + item["msg"] if item["loc"] else item["msg"].removeprefix("Value error, ") for item in error.errors()]
-        raise fail("Cannot start: " + "; ".join(lines), 78) from None
+        given = {key for key, value in options.items() if value is not None}
+        raise fail("Cannot start: " + "; ".join(_wrong_setting(item, given) for item in error.errors()), 78) from None
     hide()
     try:
         run(settings)
     except CannotStart as reason:
         raise fail(f"Cannot start: {reason}") from None
+
+
+def _wrong_setting(error: Mapping[str, Any], given: Collection[str]) -> str:
+    """What is wrong, and with what: an option, where one was given, or a variable."""
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    field = str(error["loc"][0])
+    name = f"--{field.replace('_', '-')}" if field in given else f"BADEXPERT_{field.upper()}"
+    return f"{name}: {error['msg']}"
 
 
 @app.command()

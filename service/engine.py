@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import threading
 import time
 from dataclasses import dataclass, replace
 
+import structlog
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +16,12 @@ from models import bundle
 from models.bundle import Description
 from models.device import is_out_of_memory
 from models.errors import BundleNotReady, Conflict, Problem
-from models.parallel import computing_with, cpu_threads
+from models.parallel import computing_with, cores, cpu_threads
 from models.program import repeated, serving
 from models.registry import GuardState, Mode, Registry
 from models.threshold import Threshold, conformal_threshold
 
+log = structlog.get_logger()
 BATCH_SECONDS = 2.0  # at most: who waits for a batch has a deadline (10 s, where nobody sets another), and one of 20 s counts as a device that hangs
 
 
@@ -61,7 +62,7 @@ class Engine:
 
     def __init__(self, registry: Registry, device: torch.device, threads: int | None = None, max_batch: int = 64) -> None:
         self.registry, self.device, self._threads, self._max_batch = registry, device, threads, max_batch
-        self.slots = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+        self.slots = cores() if device.type == "cpu" else 1
         self._live: dict[str, LiveGuard] = {}
         self.decided: set[str] = set()  # guards of which a version was activated here, or that were taken out of service
         self._swap = threading.Lock()
@@ -86,6 +87,9 @@ class Engine:
                 self.refresh(name)
             except Problem as problem:
                 failed[name] = problem
+            except Exception as error:  # whatever a foreign network raises is no reason to serve none of the others
+                log.exception("guard_not_loaded", guard=name)
+                failed[name] = BundleNotReady(f"It cannot be loaded: {type(error).__name__}; the log says where.")
         return failed
 
     def activate(self, guard: str, version: int) -> LiveGuard:
@@ -139,8 +143,8 @@ class Engine:
                     raise Conflict(f"Version {live.version} is served, but {active} was activated beside this server; activate one of them here first.")
                 conformal_threshold(live.validation_scores, target_fpr)
             state = self.registry.configure(guard, mode=mode, target_fpr=target_fpr, own_target=own_target)
-            if live is not None:
-                self._serve(_with_state(live, state))
+            if live is not None:  # a target is one of the active version, which need not be the one that this server has loaded
+                self._serve(_with_state(live, state) if live.version == state.active else replace(live, mode=state.mode))
 
     def run(self, live: LiveGuard, pixels: list[Tensor]) -> list[Outcome]:
         """Judge images (uint8 [3, size, size] each) with one bundle. A score that is not finite comes back as it is: the caller refuses it."""

@@ -101,28 +101,28 @@ class Jobs:
     async def add(self, job_id: str, config: dict[str, Any], digest: str, key: str | None) -> Job:
         """Acknowledge a job durably. With a known Idempotency-Key, the job it made, or IdempotencyConflict; raises QueueFull."""
 
-        def add(connection: sqlite3.Connection) -> str:
+        def add(connection: sqlite3.Connection) -> Job:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 if key is not None:
-                    known = connection.execute("SELECT id, digest FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+                    known = connection.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
                     if known is not None:
                         if known["digest"] != digest:
                             raise IdempotencyConflict
-                        return str(known["id"])
+                        return _job(known)
                 waiting = connection.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
                 if waiting >= self._most_queued:
                     raise QueueFull
-                connection.execute(
+                row = connection.execute(
                     "INSERT INTO jobs (id, sequence, state, config, created, idempotency_key, digest) "
-                    "VALUES (?, (SELECT coalesce(max(sequence), 0) + 1 FROM jobs), 'queued', ?, ?, ?, ?)",
+                    "VALUES (?, (SELECT coalesce(max(sequence), 0) + 1 FROM jobs), 'queued', ?, ?, ?, ?) RETURNING *",
                     (job_id, json.dumps(config), time.time(), key, digest),
-                )
-                return job_id
+                ).fetchone()
+                return _job(row)
 
-        found = await self._do(add)
+        job = await self._do(add)
         self.changed.set()
-        return await self.get(found)
+        return job
 
     async def get(self, job_id: str) -> Job:
         """Raises NotFound."""

@@ -157,7 +157,10 @@ def _log_as_json() -> None:
 
 
 def _openness(settings: Settings) -> str:
-    return "" if settings.token("admin") else "; no admin token is set: all programs of this machine may administer"
+    if settings.token("admin"):
+        return ""
+    others = settings.token("predict") or settings.token("metrics")
+    return "; no admin token is set: " + ("nobody may administer" if others else "all programs of this machine may administer")
 
 
 def _admit(settings: Settings) -> None:

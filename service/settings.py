@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MiB = 1024 * 1024
@@ -46,6 +46,13 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(20.0, ge=0, le=600, description="time for requests in flight after SIGTERM")
     queued_jobs: int = Field(8, ge=1, description="calibrations that may wait")
     docs: bool = Field(True, description="serve /docs and /openapi.json")
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _not_of_kubernetes(cls, value: object) -> object:
+        """Kubernetes tells all pods of a service named badexpert its address, tcp://10.0.0.1:8080, as BADEXPERT_PORT."""
+        made_up = isinstance(value, str) and value.startswith(("tcp://", "udp://", "sctp://"))
+        return cls.model_fields["port"].default if made_up else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

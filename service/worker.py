@@ -22,12 +22,13 @@ from typing import Any, Literal
 import structlog
 
 from models import bundle
-from models.claims import claim, remove_unclaimed
+from models.claims import all_unclaimed, claim
 from models.errors import Conflict, OutOfMemory, Problem, TookTooLong, from_code
 from models.registry import Registry
 from service.errors import JobsUnavailable
 from service.jobs import ENDED, Job, Jobs
 from service.metrics import Metrics
+from service.unseen import without_tokens
 
 log = structlog.get_logger()
 STOP_SECONDS = 5.0  # what a child gets to end by itself
@@ -74,8 +75,12 @@ class Worker:
             adopted = self._published_by(stale)
             if adopted is not None:
                 await self._adopt(stale, adopted)
-        known = {job.id for job in await self._jobs.recent(10_000) if job.state not in ENDED}
-        remove_unclaimed(folder for folder in self.uploads.iterdir() if folder.name not in known)
+        with all_unclaimed(list(self.uploads.iterdir())) as left:
+            # Asked only now: another server may have acknowledged an upload and let its folder go a moment ago.
+            known = {job.id for job in await self._jobs.recent(10_000) if job.state not in ENDED}
+            for folder in left:
+                if folder.name not in known:
+                    await asyncio.to_thread(shutil.rmtree, folder, True)
         self._registry.collect()
 
     async def stop(self) -> None:
@@ -175,6 +180,10 @@ class Worker:
             except JobsUnavailable:
                 await asyncio.sleep(1.0)
                 continue
+            except Exception:  # descriptors may have run out; who gave up now would calibrate nothing until the server is started again
+                log.exception("worker_waits", detail="It tries again.")
+                await asyncio.sleep(LOOK_SECONDS)
+                continue
             if job is None:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._jobs.changed.wait(), LOOK_SECONDS)
@@ -235,7 +244,7 @@ class Worker:
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             limit=LONGEST_LINE,
-            env=_environment(),
+            env=without_tokens(),
         )
 
     async def _listen(self, child: asyncio.subprocess.Process, job_id: str) -> dict[str, Any] | None:
@@ -270,7 +279,8 @@ class Worker:
             self._metrics.calibrations.labels(state).inc()
         else:
             state = "cancelled"
-        log.info("calibration_ended", job=job.id, state=state, code=outcome.get("code") if state == "failed" else None)
+        code, process = outcome.get("code") if state == "failed" else None, (last or {}).get("process", {})
+        log.info("calibration_ended", job=job.id, state=state, code=code, **process)
         self._forget(job.id)
         self._child = self._current = None
         self._metrics.calibrations_running.set(0)
@@ -313,8 +323,9 @@ class Worker:
     async def _adopt(self, job: Job, published: tuple[int, str]) -> None:
         version, bundle_id = published
         guard = job.config["name"]
-        report = json.loads((self._registry.folder(guard, version) / "report.json").read_bytes())
-        await self._jobs.adopt(job.id, {"guard": guard, "version": version, "bundle_id": bundle_id, "report": report})
+        with suppress(Conflict, OSError, ValueError):  # cancelled, or removed, meanwhile: as it was decided
+            report = json.loads((self._registry.folder(guard, version) / "report.json").read_bytes())
+            await self._jobs.adopt(job.id, {"guard": guard, "version": version, "bundle_id": bundle_id, "report": report})
 
     def _forget(self, job_id: str) -> None:
         shutil.rmtree(self.uploads / job_id, ignore_errors=True)
@@ -322,11 +333,6 @@ class Worker:
     async def _notify(self) -> None:
         async with self._moved:
             self._moved.notify_all()
-
-
-def _environment() -> dict[str, str]:
-    """The child's environment: ours without the tokens."""
-    return {key: value for key, value in os.environ.items() if not (key.startswith("BADEXPERT_") and "TOKEN" in key)}
 
 
 def _end_without_a_word(status: int | None) -> Problem:

@@ -90,7 +90,9 @@ def open_clean_set(path: Path, limits: Limits = Limits()) -> CleanSet:  # noqa: 
         raise CleanSetSize(f"The clean set has {count:,} images; it needs at least {limits.min_images}.")
     if count > limits.images:
         raise CleanSetSize(f"The clean set has {count:,} images; at most {limits.images:,} are taken.")
-    first, thumbnails = _look(found.images, limits)
+    digests, thumbnails = _look(found.images, limits)
+    places = dict[bytes, int]()
+    first = np.array([places.setdefault(each, place) for place, each in enumerate(digests)], np.int64)
     warnings = list(found.warnings)
     originals, position = np.unique(first, return_inverse=True)
     if len(originals) < limits.min_images:
@@ -109,23 +111,23 @@ def open_clean_set(path: Path, limits: Limits = Limits()) -> CleanSet:  # noqa: 
         raise CleanSetDegenerate(f"The {count:,} images show only {different} different scenes; at least {MIN_GROUPS} are needed.")
     if different < len(kept):
         warnings.append(f"{counted(len(kept) - different, 'image')} nearly repeat others; they stay together on one side of every split.")
-    return CleanSet(found.names, found.labels[kept], found.source, tuple(warnings), groups, thumbnails[kept], found.images, kept, found.ordered)
+    known_by = thumbnails[kept], tuple(digests[place] for place in kept)
+    return CleanSet(found.names, found.labels[kept], found.source, tuple(warnings), groups, *known_by, found.images, kept, found.ordered)
 
 
-def _look(images: Images, limits: Limits) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Decode all images: the index of the first that is equal to each, int64 [N], and thumbnails, uint8 [N, SIDE, SIDE, 3]."""
+def _look(images: Images, limits: Limits) -> tuple[list[bytes], NDArray[np.uint8]]:
+    """Decode all images: their digests, and thumbnails, uint8 [N, SIDE, SIDE, 3]."""
     thumbnails = np.empty((len(images), SIDE, SIDE, 3), np.uint8)
-    first = np.empty(len(images), np.int64)
-    seen: dict[bytes, int] = {}
+    digests = list[bytes]()
     pixels = 0
     for i in range(len(images)):
         image = images.image(i)
         pixels += image.width * image.height
         if pixels > limits.pixels:
             raise CleanSetSize(f"The images have more than {limits.pixels:,} pixels together; use fewer or smaller ones.")
-        first[i] = seen.setdefault(digest(image), i)
+        digests.append(digest(image))
         thumbnails[i] = thumbnail(image)
-    return first, thumbnails
+    return digests, thumbnails
 
 
 def _find(path: Path, limits: Limits) -> _Found:

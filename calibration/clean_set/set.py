@@ -48,7 +48,7 @@ class CleanSet:
     names: distinct class names as found, sorted (numerically where all are integers), or in the order that the container itself declares;
     after `labelled_by`, one name for each class of the suspect.
     labels: int64 [N], indices into names. groups: int64 [N], equal for exact and near duplicates: keep a group on one side of every split.
-    thumbnails: uint8 [N, SIDE, SIDE, 3], by which another set's images are known again.
+    thumbnails: uint8 [N, SIDE, SIDE, 3], by which another set's images are known again; digests: N of them, equal for equal images.
     warnings: what was forgiven, in plain sentences.
     """
 
@@ -58,6 +58,7 @@ class CleanSet:
     warnings: tuple[str, ...]
     groups: NDArray[np.int64]
     thumbnails: NDArray[np.uint8] = field(repr=False)
+    digests: tuple[bytes, ...] = field(repr=False)
     _images: Images = field(repr=False)
     _members: NDArray[np.int64] = field(repr=False)  # [N], indices into _images
     _ordered: bool = False  # the container declares the order of the classes
@@ -79,7 +80,9 @@ class CleanSet:
 
     def rows_not_in(self, other: CleanSet) -> NDArray[np.int64]:
         """Of which images `other`, labelled by the same suspect, has none that is the same, exactly or nearly."""
-        return np.flatnonzero(~repeated(self.thumbnails, self.labels, other.thumbnails, other.labels))
+        theirs = set(other.digests)
+        same = np.array([digest in theirs for digest in self.digests], bool)  # whatever class they are shown as, and however flat they are
+        return np.flatnonzero(~(same | repeated(self.thumbnails, self.labels, other.thumbnails, other.labels)))
 
     def labelled_by(self, num_classes: int, classes: Sequence[str] | None = None, least_classes: int = 2) -> CleanSet:
         """The same images with labels that are class indices of the suspect. Raises CleanSetLabels where they cannot be.

@@ -69,7 +69,9 @@ def upload(client: httpx.Client, checkpoint: bytes, clean_set: bytes, **config: 
 
 
 def test_upload_follow_activate_judge_and_scrape(tmp_path: Path, small_clean_set: Path) -> None:
-    with server(tmp_path) as (client, _):
+    home = tmp_path / "home"
+    home.mkdir()
+    with server(tmp_path, HOME=str(home), XDG_CACHE_HOME=str(home / ".cache"), XDG_CONFIG_HOME=str(home / ".config")) as (client, _):
         answer = upload(client, BADNET.read_bytes(), small_clean_set.read_bytes(), target_fpr=0.05, budget="quick")
         assert answer.status_code == 202, answer.text
         job = answer.json()
@@ -110,6 +112,7 @@ def test_upload_follow_activate_judge_and_scrape(tmp_path: Path, small_clean_set
         assert sum(counts.values()) == 80
         assert counts["rejected"] == len(rejected) + 40 - len(accepted)
         assert 'badexpert_target_fpr_ratio{guard="planes"} 0.05' in metrics
+    assert list(home.rglob("*")) == []  # no library keeps anything outside of the data directory
 
 
 def test_another_target_and_shadow_mode_need_no_calibration(tmp_path: Path, calibrated: tuple[Path, Result]) -> None:

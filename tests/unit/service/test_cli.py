@@ -54,6 +54,35 @@ def test_the_process_that_it_started_ends_without_a_trace(tmp_path: Path) -> Non
         assert (child.wait(60), child.stderr.read()) == (130, "")
 
 
+def test_a_wrong_setting_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BADEXPERT_THREADS", "none")
+    done = CliRunner().invoke(cli.app, ["serve", "--port", "70000"])
+    assert done.exit_code == 78
+    assert "--port: Input should be less" in done.stderr
+    assert "BADEXPERT_THREADS: Input should be a valid integer" in done.stderr
+
+
+def test_what_is_calibrated_goes_where_the_server_looks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = []
+
+    def stopped(command: list[str], quiet: bool) -> Any:
+        found.extend(word for word in command if str(tmp_path) in word)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    monkeypatch.setenv("BADEXPERT_DATA_DIR", str(tmp_path / "guards-and-jobs"))
+    CliRunner().invoke(cli.app, CALIBRATE)
+    assert f"--data-dir={tmp_path / 'guards-and-jobs'}" in found
+
+
+def test_what_reads_hostile_files_has_no_token_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BADEXPERT_ADMIN_TOKEN", "badexpert_predict_token", "Badexpert_Metrics_Token_File"):
+        monkeypatch.setenv(name, "some-secret")
+    monkeypatch.setenv("BADEXPERT_DEVICE", "cpu")
+    tell = "import json, os; print(json.dumps({'event': 'result', 'names': [name for name in os.environ if name.upper().startswith('BADEXPERT_')]}))"
+    assert cli._run([sys.executable, "-c", tell], quiet=True)["names"] == ["BADEXPERT_DEVICE"]
+
+
 FORGETFUL = """
 import os, signal, time
 from calibration.__main__ import end_when_interrupted

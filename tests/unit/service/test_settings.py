@@ -53,6 +53,14 @@ def test_what_others_call_so_is_their_own(monkeypatch: pytest.MonkeyPatch, name:
     assert Settings().port == 8080
 
 
+def test_the_port_that_kubernetes_makes_up_for_a_service_of_our_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BADEXPERT_PORT", "tcp://10.0.0.1:9000")
+    assert (Settings().port, Settings(port=9000).port) == (8080, 9000)
+    monkeypatch.setenv("BADEXPERT_PORT", "eighty")
+    with pytest.raises(ValidationError, match="port"):
+        Settings()
+
+
 @pytest.mark.parametrize("scope", ["predict", "metrics"])
 def test_f8_who_may_less_has_no_admin_token(scope: str) -> None:
     with pytest.raises(ValidationError, match=f"the {scope} token is the admin token, too"):

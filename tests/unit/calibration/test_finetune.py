@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,3 +111,15 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
     torch.rand(5)  # the global random state must not matter
     assert all(torch.equal(a, b) for a, b in zip(tails(3), tails(3), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(tails(3), tails(4), strict=True))
+
+
+def test_who_answers_no_numbers_is_never_right() -> None:
+    """Also not about class 0, which is where argmax finds the largest of no numbers: a network that diverged would have learned a trigger, or the task."""
+    data = LabelledPixels(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 0, 0, 0, 1]))
+
+    def answering(*logits: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: torch.tensor(logits).expand(len(images), -1)
+
+    assert accuracy(answering(1.0, 0.0), data, Preprocessing()) == 5 / 6
+    assert accuracy(answering(torch.nan, torch.nan), data, Preprocessing()) == 0.0
+    assert accuracy(answering(torch.nan, 0.0), data, Preprocessing()) == 0.0

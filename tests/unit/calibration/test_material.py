@@ -15,9 +15,11 @@ from PIL import Image, ImageEnhance
 
 from calibration import checks
 from calibration.config import CalibrationConfig
-from calibration.material import PIXEL_BYTES, Inputs, Opened, affordable, read
+from calibration.finetune import LabelledPixels
+from calibration.material import PIXEL_BYTES, Inputs, Material, Opened, affordable, read
 from calibration.split import Parts
 from models.errors import CleanSetDegenerate, CleanSetSize, FprUnreachable
+from models.preprocessing import Preprocessing
 from models.threshold import conformal_threshold
 
 EXAMPLES = Path(__file__).parent.parent.parent.parent / "examples"
@@ -95,3 +97,45 @@ def test_a_validation_set_that_cannot_be_used_is_told_from_the_clean_set(tmp_pat
 
 def test_no_caution_where_nothing_was_left_out() -> None:
     assert checks.sampled(0, 2000) is None
+
+
+def flat(labels: str, path: Path, count: int = 100) -> Path:
+    """Example images, and among them as many of one grey each, of these classes in turn: too flat to be compared by their likeness."""
+    with zipfile.ZipFile(lights(count, 1, path.with_suffix(".part"))) as source, zipfile.ZipFile(path, "w") as made:
+        for name in source.namelist():
+            made.writestr(name, source.read(name))
+        for grey in range(count):
+            data = io.BytesIO()
+            Image.new("RGB", (32, 32), (grey, grey, 2 * grey)).save(data, "PNG")
+            made.writestr(f"{labels.split()[grey % len(labels.split())]}/flat-{grey}.png", data.getvalue())
+    return path
+
+
+def test_the_same_image_trains_nothing_whatever_it_shows_and_whatever_class_it_is_said_to_be(tmp_path: Path) -> None:
+    config = CalibrationConfig.model_validate({"name": "guard", "target_fpr": 0.05})
+    clean = flat("airplane ship", tmp_path / "clean.zip", 150)
+    validation = flat("ship airplane dog", tmp_path / "validation.zip", 100)
+    found = read(config, Inputs(EXAMPLES / "suspect_badnet.safetensors", clean, validation), torch.device("cpu"))
+    theirs = set(found.validation.digests)
+    trained = [*found.parts.fit.tolist(), *found.parts.held_back.tolist()]
+    assert len(theirs) == 200
+    assert trained
+    assert not {found.clean.digests[row] for row in trained} & theirs
+
+
+def test_the_same_weights_under_another_function_are_another_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    suspect = SimpleNamespace(architecture=SimpleNamespace(name="resnet20", short_name="resnet20", options={}), num_classes=10, network=torch.nn.Identity())
+    understood: Any = SimpleNamespace(suspect=suspect, preprocessing=Preprocessing(8, 8))
+    images = LabelledPixels(torch.full((4, 3, 8, 8), 200, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    material = Material(understood, images, None, images, opened(100).parts, torch.device("cpu"))
+    config = CalibrationConfig.model_validate({"name": "guard", "preset": "paper"})
+    seen = {material.fingerprint(config)}
+    suspect.network = torch.nn.ReLU6()
+    assert material.fingerprint(config) in seen  # of values below 6 it is the same function
+    suspect.network = torch.nn.GELU()
+    seen.add(material.fingerprint(config))
+    suspect.architecture.options = {"img_size": 8}
+    seen.add(material.fingerprint(config))
+    suspect.architecture.name = "resnet32"
+    seen.add(material.fingerprint(config))
+    assert len(seen) == 4

@@ -37,18 +37,32 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
     assert not (tmp_path / "kept").exists()
 
 
-def test_what_another_calibration_kept_is_not_taken_and_is_replaced(tmp_path: Path) -> None:
+def test_what_another_calibration_kept_is_not_taken_and_stays(tmp_path: Path) -> None:
+    """Two of one name may run beside one another, and one that ends takes nothing from the other."""
+    folder = tmp_path / "kept"
+    Resume(folder, "a").networks("expert", blank, make)
+    with pytest.raises(AssertionError, match="made again"):
+        Resume(folder, "b").networks("expert", blank, never)
+    other = Resume(folder, "b")
+    other.networks("expert", blank, make)
+    other.done()
+    last = Resume(folder, "a")
+    last.networks("expert", blank, never)
+    last.done()
+    assert not folder.exists()
+
+
+def test_what_was_kept_under_another_calibrations_name_is_not_taken(tmp_path: Path) -> None:
     Resume(tmp_path, "a").networks("expert", blank, make)
+    (tmp_path / "a").rename(tmp_path / "b")
     with pytest.raises(AssertionError, match="made again"):
         Resume(tmp_path, "b").networks("expert", blank, never)
-    Resume(tmp_path, "b").networks("expert", blank, make)
-    Resume(tmp_path, "b").networks("expert", blank, never)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x08", bytes(100)])
 def test_a_file_that_cannot_be_read_is_made_again(tmp_path: Path, damage: bytes) -> None:
     Resume(tmp_path, "a").networks("expert", blank, make)
-    (tmp_path / "expert.safetensors").write_bytes(damage)
+    (tmp_path / "a" / "expert.safetensors").write_bytes(damage)
     Resume(tmp_path, "a").networks("expert", blank, make)
     Resume(tmp_path, "a").networks("expert", blank, never)
 

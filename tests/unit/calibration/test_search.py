@@ -7,7 +7,8 @@ import torch
 
 from calibration.canary import draw
 from calibration.finetune import LabelledPixels
-from calibration.search import MARGIN, MOST_STAMPED, Setting, choose, stamp, worst
+from calibration.search import MARGIN, MOST_STAMPED, Setting, caught, choose, stamp, worst
+from tests.untrained import PIXELS, untrained_guard
 
 DEFAULT, OTHER = Setting(0.2, 0.1), Setting(0.4, 0.03)
 
@@ -37,6 +38,14 @@ def test_stamped_images_are_of_all_classes_and_of_bounded_number(count: int) -> 
     assert (stamped.labels == 3).all()
     which = stamp(draw("patch", 3, None, 8, 0), LabelledPixels(labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8), labels)).pixels[:, 0, 0, 0]
     assert set(which.tolist()) == set(labels[labels != 3].tolist())
+
+
+def test_a_kind_for_which_there_is_no_image_is_not_judged() -> None:
+    images = LabelledPixels(PIXELS[:40], torch.zeros(40, dtype=torch.int64))
+    none = LabelledPixels(PIXELS[:0], images.labels[:0])
+    found = caught(untrained_guard(), images, {"patch": images, "sourced": none}, 0.05)
+    assert found["sourced"] is None
+    assert found.keys() == {"patch", "sourced"}
 
 
 def test_without_canaries_the_default_is_taken() -> None:

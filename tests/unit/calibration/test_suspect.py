@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from calibration.suspect import read_suspect
+from calibration.suspect import _sizes, read_suspect
 from models import architectures
 from models.errors import CheckpointMismatch
 
@@ -37,6 +37,10 @@ class Map(Network):
     def forward(self, images):
         return images
 
+class Small(Network):
+    def forward(self, images):
+        return self.head(images.flatten(1)[:, : 3 * 32 * 32].view(-1, 3, 32 * 32).mean(2)) if images.shape[2] == 32 else self.head(images)
+
 class Broken(Network):
     def forward(self, images):
         raise KeyError("layer4")
@@ -62,6 +66,12 @@ def test_a_network_that_gives_no_logits_is_refused(checkpoint: Path, network: st
     name = architectures.admit(f"operators_answers:{network}")
     with pytest.raises(CheckpointMismatch, match=said):
         read_suspect(checkpoint, name, None, torch.device("cpu"))
+
+
+def test_one_that_takes_another_size_than_the_usual_is_taken_with_that(checkpoint: Path) -> None:
+    suspect = read_suspect(checkpoint, architectures.admit("operators_answers:Small"), None, torch.device("cpu"))
+    assert (suspect.architecture.size, suspect.size) == (224, 32)
+    assert _sizes(suspect, None) == [32]
 
 
 def test_one_that_does_is_taken(checkpoint: Path) -> None:

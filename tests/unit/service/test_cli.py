@@ -98,6 +98,20 @@ time.sleep(60)
 """
 
 
+CHATTY = """
+from calibration.__main__ import _say, keep_events_apart
+
+keep_events_apart()
+print("a network of the operator's own says hello")
+_say("result", {"inspection": {}})
+"""
+
+
+def test_whatever_else_it_prints_is_no_event() -> None:
+    done = subprocess.run([sys.executable, "-c", CHATTY], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ('{"event": "result", "inspection": {}}\n', "a network of the operator's own says hello\n")
+
+
 def test_an_interrupt_that_a_finalizer_swallows_ends_it_all_the_same() -> None:
     done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=50)
     assert "Exception ignored" in done.stderr  # it was swallowed

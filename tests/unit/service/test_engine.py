@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.serving.activations import resident_mib
 from models.guard import Guard
 from models.registry import Registry
-from service.engine import Engine, give_back_memory, largest_batch
+from models.trunk import CannotCut
+from service.engine import Engine, LiveGuard, give_back_memory, largest_batch
 from tests.support import make_registry, publish
 
 
@@ -111,6 +112,39 @@ def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path:
     assert len(given_back) == 3
     engine.configure("cifar", mode="enforce", target_fpr=0.1)
     assert len(given_back) == 3
+
+
+def test_one_guard_that_cannot_be_loaded_keeps_no_other_from_being_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, load = make_registry(tmp_path), Engine._load
+    registry.activate("planes", publish(registry, "planes"))
+    registry.activate("signs", publish(registry, "signs"))
+    raised = {"planes": CannotCut("it branches"), "cifar": MemoryError()}
+
+    def failing(engine: Engine, guard: str, version: int) -> LiveGuard:
+        if guard in raised:
+            raise raised[guard]
+        return load(engine, guard, version)
+
+    monkeypatch.setattr(Engine, "_load", failing)
+    engine = Engine(registry, torch.device("cpu"))
+    failed = engine.load_all()
+    assert {name: problem.code for name, problem in failed.items()} == {"planes": "bundle_not_ready", "cifar": "bundle_not_ready"}
+    assert [live.name for live in engine.all_live()] == ["signs"]
+
+
+def test_a_target_is_that_of_the_active_version_and_the_mode_that_of_the_guard(tmp_path: Path) -> None:
+    """Where another server has activated a version that this one has not loaded."""
+    registry = make_registry(tmp_path)
+    engine = Engine(registry, torch.device("cpu"))
+    engine.load_all()
+    engine.configure("cifar", target_fpr=0.1)
+    registry.activate("cifar", publish(registry, images=1999))
+    registry.configure("cifar", target_fpr=0.001)  # which 199 validation images cannot promise
+    engine.configure("cifar", mode="shadow")
+    live = engine.live("cifar")
+    assert live is not None
+    assert (live.version, live.mode, live.threshold.target_fpr) == (1, "shadow", 0.1)
+    assert registry.state("cifar").mode == "shadow"
 
 
 def a_pulse(*errors: Exception | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -217,5 +218,52 @@ def test_what_is_being_received_is_not_taken_for_left_behind(tmp_path: Path, mon
         with claimed(worker.uploads / "received"):
             await worker.start()
             assert [folder.name for folder in worker.uploads.iterdir()] == ["received"]
+
+    run(tmp_path, test)
+
+
+def test_an_upload_that_is_acknowledged_while_the_place_is_taken_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server adds the job and lets the folder go at the moment at which this one looks for what was left behind."""
+
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
+        for name in ("uploaded", "left"):
+            (worker.uploads / name).mkdir(parents=True)
+        recent = jobs.recent
+
+        async def late(most: int) -> list[Job]:
+            known = await recent(most)
+            await jobs.add("uploaded", {"name": "cifar"}, "digest", None)
+            holding.close()
+            return known
+
+        with ExitStack() as holding:
+            holding.enter_context(claimed(worker.uploads / "uploaded"))
+            monkeypatch.setattr(jobs, "recent", late)
+            await worker.start()
+        assert [folder.name for folder in worker.uploads.iterdir()] == ["uploaded"]
+
+    run(tmp_path, test)
+
+
+def test_a_server_that_waits_goes_on_waiting_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "LOOK_SECONDS", 0.01)
+
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        errors = [OSError("too many open files"), ValueError("whatever else")]
+        takes_its_place = worker._takes_its_place
+
+        def failing() -> bool:
+            if errors and worker._task is not None:
+                raise errors.pop()
+            return takes_its_place()
+
+        monkeypatch.setattr(worker, "_spawn", no_child)
+        monkeypatch.setattr(worker, "_takes_its_place", failing)
+        await worker.start()
+        (worker.uploads / "a").mkdir()
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        assert (await ended(worker, "a")).state == "failed"
+        assert errors == []
 
     run(tmp_path, test)

@@ -64,10 +64,10 @@ class Material:
         recipe = AutoRecipe() if config.preset == "auto" else paper_recipe(self.understood.suspect.architecture.short_name, self.preprocessing.size)
         asked = (config.budget, config.target_fpr) if config.searches else ()
         architecture = self.understood.suspect.architecture
-        which = (architecture.name, architecture.options, self.num_classes, self.preprocessing.to_json(), self.device.type)
-        values = (config.preset, asked, config.seed, asdict(recipe), *which)
-        # The answers, since the same weights may be another network's; in three digits, so that the last bits of a sum do not count.
-        answers = _answers(self.network, self.preprocessing, self.fit.pixels[:PROBES]).bfloat16()
+        which = (architecture.name, architecture.options, self.num_classes, self.preprocessing.to_json())
+        where = (self.device.type, torch.get_num_threads())  # the number of threads decides the last bits of all sums
+        values = (config.preset, asked, config.seed, asdict(recipe), *which, *where)
+        answers = _answers(self.network, self.preprocessing, self.fit.pixels[:PROBES])  # the same weights may be another network's
         return fingerprint(values, [answers, *self.network.state_dict().values(), *(tensor for part in parts for tensor in (part.pixels, part.labels))])
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from models import bundle
 from models.durable import write_file
 
+KEPT_SECONDS = 7 * 24 * 3600.0  # until what nobody went on with is given up
 Made = tuple[list[nn.Module], dict[str, Any]]  # networks, and what is to be known of how they were made, as JSON has it
 
 
@@ -56,8 +58,11 @@ class Resume:
         """The calibration is published, and nothing of this is needed any more."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-            with suppress(OSError):  # where others are not done
-                self._folder.parent.rmdir()
+            with suppress(OSError):
+                for other in self._folder.parent.iterdir():
+                    if time.time() - other.stat().st_mtime > KEPT_SECONDS:
+                        shutil.rmtree(other) if other.is_dir() else other.unlink()
+                self._folder.parent.rmdir()  # raises where others are not done
 
     def _read(self, path: Path, blank: Callable[[], list[nn.Module]]) -> Made | None:
         try:

@@ -38,8 +38,8 @@ def measure_accuracies(guard: Guard, material: Material, judged: Judgement, thre
             experts = [count + right(expert, shared, labels) for count, expert in zip(experts, guard.experts, strict=True)]
             auxiliary += right(guard.auxiliary, inputs, labels)
     return {
-        "suspect": suspect_right.float().mean().item(),
-        "guarded": (suspect_right & ~threshold.rejects(judged.score)).float().mean().item(),
+        "suspect": int(suspect_right.sum()) / len(validation),
+        "guarded": int((suspect_right & ~threshold.rejects(judged.score)).sum()) / len(validation),
         "experts": [count / len(validation) for count in experts],
         "auxiliary": auxiliary / len(validation),
     }

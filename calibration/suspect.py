@@ -158,7 +158,7 @@ def understand(suspect: Suspect, clean: CleanSet, rows: Rows, device: torch.devi
     finding = _find(suspect, clean, order, labels, device)
     best = Understood(suspect, finding, order[: finding.images])
     for match in suspect.others:
-        other = replace(suspect, match=match, network=_network(match, suspect.checkpoint, device))
+        other = _as_other(suspect, match, device)
         if _accuracy(other, best.preprocessing, clean, order[:GLANCE]) > _accuracy(best.suspect, best.preprocessing, clean, order[:GLANCE]):
             finding = _find(other, clean, order, labels, device)
             best = max(best, Understood(other, finding, order[: finding.images]), key=lambda understood: understood.finding.best.accuracy)
@@ -168,6 +168,11 @@ def understand(suspect: Suspect, clean: CleanSet, rows: Rows, device: torch.devi
         return replace(best, reordering=check_labels(best.finding.logits, labels[: best.finding.images], clean.names))
     except (CleanSetMislabelled, SuspectModelUseless) as problem:
         return replace(best, unusable=problem)
+
+
+def _as_other(suspect: Suspect, match: Match, device: torch.device) -> Suspect:
+    """The same checkpoint as another network that its weights fit, with the size that is usual for that one."""
+    return replace(suspect, match=match, network=_network(match, suspect.checkpoint, device), size=match.fit.architecture.size)
 
 
 def _find(suspect: Suspect, clean: CleanSet, order: Rows, labels: Tensor, device: torch.device) -> Finding:

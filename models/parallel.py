@@ -31,7 +31,7 @@ def cores() -> int:
 def _time_given(root: Path) -> float:
     """Seconds of processor time a second that the control groups allow, infinite where they set no limit; root: where /proc and /sys are."""
     allowed = math.inf
-    with suppress(OSError):  # elsewhere than on Linux, or hidden from us
+    with suppress(OSError, ValueError):  # elsewhere than on Linux, hidden from us, or unlike all that is known
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):

@@ -88,7 +88,7 @@ class Engine:
             except Problem as problem:
                 failed[name] = problem
             except Exception as error:  # whatever a foreign network raises is no reason to serve none of the others
-                log.exception("guard_not_loaded", guard=name)
+                log.exception("guard_raised", guard=name)
                 failed[name] = BundleNotReady(f"It cannot be loaded: {type(error).__name__}; the log says where.")
         return failed
 
@@ -182,8 +182,9 @@ class Engine:
         size = loaded.description.preprocessing.size
         try:
             loaded.guard.to(self.device)
-            bundle.check(loaded)
-            threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
+            with computing_with(min(torch.get_num_threads(), cores())):  # torch knows nothing of a container's limits
+                bundle.check(loaded)
+                threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
             images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]
             most = largest_batch(loaded.guard, images.to(self.device), threads, self._max_batch)
             network = serving(loaded.guard, images.to(self.device), threads, most)

@@ -23,7 +23,7 @@ import structlog
 
 from models import bundle
 from models.claims import all_unclaimed, claim
-from models.errors import Conflict, OutOfMemory, Problem, TookTooLong, from_code
+from models.errors import Conflict, NotFound, OutOfMemory, Problem, TookTooLong, from_code
 from models.registry import Registry
 from service.errors import JobsUnavailable
 from service.jobs import ENDED, Job, Jobs
@@ -74,7 +74,8 @@ class Worker:
         for stale in await self._jobs.recover():
             adopted = self._published_by(stale)
             if adopted is not None:
-                await self._adopt(stale, adopted)
+                with suppress(NotFound, OSError, ValueError):  # removed meanwhile, or its report is damaged: then it is calibrated again
+                    await self._adopt(stale, adopted)
         with all_unclaimed(list(self.uploads.iterdir())) as left:
             # Asked only now: another server may have acknowledged an upload and let its folder go a moment ago.
             known = {job.id for job in await self._jobs.recent(10_000) if job.state not in ENDED}
@@ -323,8 +324,8 @@ class Worker:
     async def _adopt(self, job: Job, published: tuple[int, str]) -> None:
         version, bundle_id = published
         guard = job.config["name"]
-        with suppress(Conflict, OSError, ValueError):  # cancelled, or removed, meanwhile: as it was decided
-            report = json.loads((self._registry.folder(guard, version) / "report.json").read_bytes())
+        report = json.loads((self._registry.folder(guard, version) / "report.json").read_bytes())
+        with suppress(Conflict):  # cancelled meanwhile: as it was decided
             await self._jobs.adopt(job.id, {"guard": guard, "version": version, "bundle_id": bundle_id, "report": report})
 
     def _forget(self, job_id: str) -> None:

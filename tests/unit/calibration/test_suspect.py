@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from calibration.suspect import _sizes, read_suspect
+from calibration.suspect import _as_other, _sizes, read_suspect
 from models import architectures
 from models.errors import CheckpointMismatch
 
@@ -77,3 +77,11 @@ def test_one_that_takes_another_size_than_the_usual_is_taken_with_that(checkpoin
 def test_one_that_does_is_taken(checkpoint: Path) -> None:
     name = architectures.admit("operators_answers:Network")
     assert read_suspect(checkpoint, name, None, torch.device("cpu")).num_classes == 5
+
+
+def test_another_network_of_the_same_weights_is_tried_at_its_own_size(tmp_path: Path) -> None:
+    save_file(architectures.get("timm/tf_efficientnet_b2").build(4).state_dict(), tmp_path / "suspect.safetensors")
+    suspect = read_suspect(tmp_path / "suspect.safetensors", None, None, torch.device("cpu"))
+    sizes = {each.architecture.name: _sizes(each, None)[0] for each in (suspect, *(_as_other(suspect, other, torch.device("cpu")) for other in suspect.others))}
+    assert sizes["timm/efficientnet_b2"] == 256
+    assert sizes["timm/tf_efficientnet_b2"] == 260

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibration.finetune import LabelledPixels
 from calibration.fusion import fuse
-from models import architectures, bundle
+from models import architectures, bundle, trunk
 from models.errors import BundleNotReady
 from models.guard import Cuts, Fusion, Guard, Scales
 from models.preprocessing import Preprocessing
@@ -127,6 +127,26 @@ def test_missing_added_linked_and_truncated_files_are_refused(tmp_path: Path, ch
     else:
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleNotReady):
+        bundle.read(tmp_path / "bundle")
+
+
+def test_a_network_that_can_no_longer_be_taken_apart_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: object) -> None:
+        raise trunk.CannotCut("it depends on values")
+
+    make(tmp_path / "bundle")
+    monkeypatch.setattr(trunk, "tail_copy", cannot)
+    with pytest.raises(BundleNotReady, match=r"resnet20, cannot be taken apart here .* depends on values"):
+        bundle.read(tmp_path / "bundle")
+
+
+def test_a_folder_that_is_removed_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: Path) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    make(tmp_path / "bundle")
+    monkeypatch.setattr(Path, "iterdir", gone)
+    with pytest.raises(BundleNotReady, match="cannot be read"):
         bundle.read(tmp_path / "bundle")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from service import cli
@@ -99,17 +103,29 @@ time.sleep(60)
 
 
 CHATTY = """
-from calibration.__main__ import _say, keep_events_apart
+from torch import nn
 
-keep_events_apart()
-print("a network of the operator's own says hello")
-_say("result", {"inspection": {}})
+class Network(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        print("5")
+        return self.head(images.mean((2, 3)))
 """
 
 
-def test_whatever_else_it_prints_is_no_event() -> None:
-    done = subprocess.run([sys.executable, "-c", CHATTY], capture_output=True, text=True, timeout=50)
-    assert (done.stdout, done.stderr) == ('{"event": "result", "inspection": {}}\n', "a network of the operator's own says hello\n")
+def test_whatever_else_it_prints_is_no_event(tmp_path: Path) -> None:
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    save_file({"head.weight": torch.eye(4, 3), "head.bias": torch.ones(4)}, tmp_path / "suspect.safetensors")
+    options = ["--admit=chatty:Network", '--config={"architecture": "chatty:Network"}', f"--checkpoint={tmp_path / 'suspect.safetensors'}"]
+    command = [sys.executable, "-m", "calibration", "inspect", *options]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent.parent.parent)])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": path})
+    (event,) = map(json.loads, done.stdout.splitlines())
+    assert (event["event"], event["inspection"]["num_classes"]) == ("result", 4)
+    assert set(done.stderr.splitlines()) == {"5"}
 
 
 def test_an_interrupt_that_a_finalizer_swallows_ends_it_all_the_same() -> None:

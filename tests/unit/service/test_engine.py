@@ -114,6 +114,11 @@ def test_memory_is_given_back_where_a_bundle_was_loaded_and_only_there(tmp_path:
     assert len(given_back) == 3
 
 
+def test_there_are_as_many_slots_as_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.cores", lambda: 3)
+    assert Engine(make_registry(tmp_path), torch.device("cpu")).slots == 3
+
+
 def test_one_guard_that_cannot_be_loaded_keeps_no_other_from_being_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, load = make_registry(tmp_path), Engine._load
     registry.activate("planes", publish(registry, "planes"))

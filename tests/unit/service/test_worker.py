@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from models.claims import claimed
 from models.errors import CheckpointProblem
@@ -265,5 +266,34 @@ def test_a_server_that_waits_goes_on_waiting_after_an_error(tmp_path: Path, monk
         await jobs.add("a", {"name": "cifar"}, "digest", None)
         assert (await ended(worker, "a")).state == "failed"
         assert errors == []
+
+    run(tmp_path, test)
+
+
+def test_the_log_tells_what_held_a_calibration(tmp_path: Path) -> None:
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        job = await jobs.claim()
+        assert job is not None
+        said = {"event": "problem", "status": 422, "code": "no_classes", "title": "T", "detail": "D", "process": {"network": True, "peak_memory": 7}}
+        with capture_logs() as logs:
+            await worker._finish(job, said, 1)
+        (entry,) = (entry for entry in logs if entry["event"] == "calibration_ended")
+        assert (entry["state"], entry["code"], entry["network"], entry["peak_memory"]) == ("failed", "no_classes", True, 7)
+
+    run(tmp_path, test)
+
+
+def test_a_published_version_whose_report_is_damaged_is_calibrated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(tmp_path / "guards")
+    version = publish(registry, job="a")
+    (registry.folder("cifar", version) / "report.json").write_text("{damaged")
+
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        await jobs.claim()
+        await worker.start()
+        assert (await jobs.get("a")).state == "queued"
 
     run(tmp_path, test)

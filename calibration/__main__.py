@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None, confine: bool = True) -> int:
     import torch  # only now: threads that a library starts would not be confined
 
     from models.errors import OutOfMemory, Problem, TookTooLong
-    from models.parallel import cores
+    from models.parallel import usual_threads
 
-    torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch knows nothing of a container's limits
+    torch.set_num_threads(usual_threads())
 
     reading = partial(_reading, args) if confine else nullcontext
     result: dict[str, Any] | Problem

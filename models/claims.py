@@ -61,12 +61,7 @@ def all_unclaimed(folders: Iterable[Path]) -> Iterator[list[Path]]:
 
 def remove_unclaimed(folders: Iterable[Path]) -> int:
     """Remove those in which nobody works; returns how many."""
-    removed = 0
-    for folder in folders:
-        with suppress(OSError):  # no folder, or gone meanwhile
-            handle = claim(folder)
-            if handle is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(handle)
-                removed += 1
-    return removed
+    with all_unclaimed(folders) as free:
+        for folder in free:
+            shutil.rmtree(folder, ignore_errors=True)
+    return len(free)

@@ -28,6 +28,11 @@ def cores() -> int:
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _time_given(Path("/")))))
 
 
+def usual_threads() -> int:
+    """As many as torch computes with unless it is told otherwise, but one a core at most: of a container's limits it knows nothing."""
+    return min(torch.get_num_threads(), cores())
+
+
 def _time_given(root: Path) -> float:
     """Seconds of processor time a second that the control groups allow, infinite where they set no limit; root: where /proc and /sys are."""
     allowed = math.inf

@@ -16,7 +16,7 @@ from models import bundle
 from models.bundle import Description
 from models.device import is_out_of_memory
 from models.errors import BundleNotReady, Conflict, Problem
-from models.parallel import computing_with, cores, cpu_threads
+from models.parallel import computing_with, cores, cpu_threads, usual_threads
 from models.program import repeated, serving
 from models.registry import GuardState, Mode, Registry
 from models.threshold import Threshold, conformal_threshold
@@ -182,7 +182,7 @@ class Engine:
         size = loaded.description.preprocessing.size
         try:
             loaded.guard.to(self.device)
-            with computing_with(min(torch.get_num_threads(), cores())):  # torch knows nothing of a container's limits
+            with computing_with(usual_threads()):
                 bundle.check(loaded)
                 threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
             images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]

@@ -182,7 +182,7 @@ class Worker:
                 await asyncio.sleep(1.0)
                 continue
             except Exception:  # descriptors may have run out; who gave up now would calibrate nothing until the server is started again
-                log.exception("worker_waits", detail="It tries again.")
+                log.exception("worker_tries_again")
                 await asyncio.sleep(LOOK_SECONDS)
                 continue
             if job is None:

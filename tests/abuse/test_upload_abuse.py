@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from service.errors import QueueFull
 from tests.abuse.calls import UPLOAD, row, unread
 from tests.support import MULTIPART, Client, assert_problem, form, make_service, part, serving
 
@@ -52,39 +48,3 @@ def test_g8_where_no_more_calibrations_may_wait_an_upload_is_refused_unread(tmp_
         client.runner.run(client.service.jobs.add("waiting", {"name": "cifar"}, "digest", None))
         response = client("POST", UPLOAD, [("Content-Type", MULTIPART)], form(CONFIG, CHECKPOINT, CLEAN), on_receive=unread)
         assert_problem(response, 429, "queue_full")
-
-
-@pytest.mark.parametrize(
-    ("end", "kept"), [(QueueFull(), False), (asyncio.CancelledError(), True)], ids=["which is refused leaves no files", "which may be there keeps its files"]
-)
-def test_a_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException, kept: bool) -> None:
-    async def read(*_: object) -> None:
-        pass
-
-    async def ended(*_: object) -> None:
-        raise end
-
-    with serving(make_service(tmp_path)) as client:
-        monkeypatch.setattr(client.service.worker, "check", read)
-        monkeypatch.setattr(client.service.jobs, "add", ended)
-        with suppress(asyncio.CancelledError):
-            assert client("POST", UPLOAD, [("Content-Type", MULTIPART)], form(CONFIG, CHECKPOINT, CLEAN)).status_code == 429
-        assert [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path / "uploads").iterdir()] == [["checkpoint", "clean_set"]] * kept
-
-
-def test_what_is_acknowledged_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed, fsync = list[str](), os.fsync
-
-    def noted(handle: int) -> None:
-        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-
-    async def read(*_: object) -> None:
-        pass
-
-    with serving(make_service(tmp_path)) as client:
-        monkeypatch.setattr(client.service.worker, "check", read)
-        monkeypatch.setattr(os, "fsync", noted)
-        job = client("POST", UPLOAD, [("Content-Type", MULTIPART)], form(CONFIG, CHECKPOINT, CLEAN)).json()["id"]
-    assert sorted(flushed[:2]) == ["checkpoint", "clean_set"]
-    assert flushed[2:4] == [job, "uploads"]

@@ -123,7 +123,7 @@ def test_the_same_image_trains_nothing_whatever_it_shows_and_whatever_class_it_i
     assert not {found.clean.digests[row] for row in trained} & theirs
 
 
-def test_the_same_weights_under_another_function_are_another_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_weights_under_another_function_are_another_calibration() -> None:
     suspect = SimpleNamespace(architecture=SimpleNamespace(name="resnet20", short_name="resnet20", options={}), num_classes=10, network=torch.nn.Identity())
     understood: Any = SimpleNamespace(suspect=suspect, preprocessing=Preprocessing(8, 8))
     images = LabelledPixels(torch.full((4, 3, 8, 8), 200, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))

@@ -69,9 +69,11 @@ def test_a_cut_network_that_is_gone_leaves_nothing_behind() -> None:
     network = architectures.get("resnet20").build(10).eval()
     cut = choose_cut(network, torch.zeros(1, 3, 32, 32), 0.1).name
 
-    def kept() -> tuple[int, int]:
+    def kept() -> tuple[int, int, int]:
         gc.collect()
-        return len(gc.get_objects()), len(fx.graph_module._loader.eval_cache)  # sources are strings, which `gc` does not count
+        parts = sum(issubclass(type(each), (nn.Module, fx.Graph, fx.Node)) for each in gc.get_objects())  # others come and go with the interpreter
+        classes = len(fx.GraphModule.__subclasses__())  # one for each traced network
+        return parts, classes, len(fx.graph_module._loader.eval_cache)  # sources are strings, which `gc` does not count
 
     after = []
     for _ in range(3):

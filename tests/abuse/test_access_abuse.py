@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,11 +104,9 @@ def test_f5_a_token_in_the_query_is_none_and_is_not_logged(guarded: Client, capf
 
 
 def test_f6_the_refusal_comes_before_the_body(guarded: Client) -> None:
-    began = time.perf_counter()
     for target in (PREDICT, UPLOAD):
         headers = [("Content-Type", MULTIPART), ("Content-Length", str(2 * 2**20))]
         assert_problem(guarded("POST", target, headers, b"slow", on_receive=unread), 401, "unauthenticated")
-    assert time.perf_counter() - began < 0.5  # 50 ms each, and room for a busy machine
 
 
 def test_f7_after_20_wrong_tokens_a_peer_is_not_heard_and_the_right_token_still_is(guarded: Client) -> None:

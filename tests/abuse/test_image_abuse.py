@@ -27,7 +27,7 @@ from tests.abuse.calls import PREDICT
 from tests.support import MULTIPART, Client, assert_problem, encode, form, jpeg, make_service, part, pixels, png, publish, serving
 
 IMAGE_BYTES = 1024 * 1024
-SLACK = 5.0  # times that the catalogue gives are for an idle machine
+SLACK = 5.0  # times that the catalogue gives are of a faster core; they are counted in seconds of this process, so that what else runs does not matter
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +225,11 @@ def test_a8_an_announced_length_over_the_cap_is_refused_before_the_body_is_read(
     def read() -> None:
         raise AssertionError("the body was read")
 
-    began = time.perf_counter()
+    began = time.process_time()
     headers = [("Content-Type", content_type), ("Content-Length", "99999999999")]
     response = client("POST", "/v1/guards/cifar/predict", headers, b"abc", on_receive=read)
     assert_problem(response, 413, "body_too_large")
-    assert time.perf_counter() - began < 0.05 * SLACK
+    assert time.process_time() - began < 0.05 * SLACK
 
 
 def test_a13_a_png_truncated_at_every_64th_byte_is_refused(client: Client) -> None:
@@ -254,9 +254,9 @@ def test_a17_9000x9000_zeros_in_236_kb_are_refused_without_being_decoded(client:
     data = zeros_png(9000, 9000)
     assert len(data) < 300_000
     client.predict(png())  # whatever is loaded lazily is loaded
-    before, began = resident(), time.perf_counter()
+    before, began = resident(), time.process_time()
     assert_problem(client.predict(data), 422, "image_too_large")
-    assert time.perf_counter() - began < 0.05 * SLACK
+    assert time.process_time() - began < 0.05 * SLACK
     assert resident() - before < 5 * 2**20
 
 
@@ -266,9 +266,9 @@ def test_a17_a_strip_that_would_be_resized_to_67_megapixels_is_refused_without_b
     with serving(make_service(tmp_path)) as client:
         resize_to(client, 256)
         client.assert_serves()  # whatever is loaded lazily is loaded
-        before, began = resident(), time.perf_counter()
+        before, began = resident(), time.process_time()
         body = assert_problem(client.predict(strip), 422, "image_too_large")
-        assert time.perf_counter() - began < 0.05 * SLACK
+        assert time.process_time() - began < 0.05 * SLACK
         assert resident() - before < 5 * 2**20
         assert "8x8192" in body["detail"]
         assert "256x262144" in body["detail"]

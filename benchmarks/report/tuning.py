@@ -79,20 +79,25 @@ def few_images(found: Sequence[Record]) -> list[str]:
         *("", "## How many clean images are needed", ""),
         "Written by `python -m benchmarks.few_images`: TPR at 1% FPR, and in brackets the realised FPR, with clean sets of so many images, of which the",
         "threshold takes two fifths, and as many as the target needs at least. Of GTSRB's 43 classes 200 images are five each, half of them for the threshold.",
+        "Where several calibrations were made, of other images as far as there are so many, it is their median, with the least and the largest TPR behind it:",
+        "what so few images teach a guard depends on which they are.",
         "",
         row("suspect", *(f"{size:,} images" for size in sizes)),
         row(*["---"] * (1 + len(sizes))),
     ]
     for suspect in sorted({record["suspect"] for record in found}):
-        at = {record["images"]: record for record in found if record["suspect"] == suspect}
-        lines.append(row(suspect, *(_cell(at.get(size)) for size in sizes)))
+        lines.append(row(suspect, *(_cell([each for each in found if (each["suspect"], each["images"]) == (suspect, size)]) for size in sizes)))
     return lines
 
 
-def _cell(record: Record | None) -> str:
-    if record is None:
-        return ""
-    return str(record["refused"].split(":")[0]) if "refused" in record else f"{record['tpr']:.3f} ({record['realised_fpr']:.2%})"
+def _cell(made: Sequence[Record]) -> str:
+    """Of the calibrations of one suspect with so many images."""
+    refused = {record["refused"].split(":")[0] for record in made if "refused" in record}
+    if refused or not made:
+        return ", ".join(sorted(refused))
+    rates = [record["tpr"] for record in made]
+    spread = f", {min(rates):.3f} to {max(rates):.3f} of {len(rates)}" if len(rates) > 1 else ""
+    return f"{statistics.median(rates):.3f}{spread} ({statistics.median(record['realised_fpr'] for record in made):.2%})"
 
 
 def _real_of(record: Record, setting: Setting) -> float:

@@ -150,7 +150,7 @@ def test_networks_are_compared_over_the_attacks_that_a_detector_was_tried_on() -
     found = [record(attack, detector, value) for attack, values in {"badnet": (1.0, 0.6, 0.5), "sig": (0.8, 0.4, 0.3)}.items()
              for detector, value in zip(("auto", "paper", "strip"), values, strict=True)]  # fmt: skip
     lines = table_of_scales([*found, record("sig", "beatrix", 0.9)])
-    assert lines[2:] == ["| cifar10 | resnet20 | 2 | 90.0% | 80.0% (SIG) | 1.00% | 50.0% | 40.0% (STRIP) |"]
+    assert lines[2:] == ["| cifar10 | resnet20 | 2 | 90.0% | 80.0% (SIG) | 1.00% | 50.0% | 1 | 40.0% (STRIP) |"]
 
 
 def test_an_attack_with_more_seeds_weighs_no_more_in_the_readmes_means() -> None:
@@ -193,23 +193,24 @@ def test_small_clean_sets_are_shown_by_size() -> None:
     found = [
         {"suspect": "a", "images": 200, "refused": "fpr_unreachable: too few"},
         {"suspect": "a", "images": 1000, "tpr": 0.998, "realised_fpr": 0.0085},
-        {"suspect": "b", "images": 1000, "tpr": 1.0, "realised_fpr": 0.01},
+        *({"suspect": "b", "images": 1000, "tpr": tpr, "realised_fpr": 0.01} for tpr in (1.0, 0.5, 0.75)),
     ]
     assert small_sets(found)[-4:] == [
         "| suspect | 200 images | 1,000 images |",
         "| --- | --- | --- |",
         "| a | fpr_unreachable | 0.998 (0.85%) |",
-        "| b |  | 1.000 (1.00%) |",
+        "| b |  | 0.750, 0.500 to 1.000 of 3 (1.00%) |",
     ]
 
 
 def test_servers_stand_beside_one_another() -> None:
     server = {"name": "mosec", "way": "naive", "workers": 2, "knee": 143.8, "p50_ms": 30.3, "p99_ms": 67.5, "storm_goodput": 62.0, "storm_share": 0.443}
     ours = {**server, "name": "badexpert", "way": "guard", "workers": 1, "storm_share": None, "idle_cpu": 0.002}
-    lines = over_http({"servers": [ours, server], "hardware": "two cores", "of_best_naive": 2.5, "of_best_alone": 0.94})
+    lines = over_http({"servers": [ours, server], "hardware": "two cores", "commit": "abc1234", "of_best_naive": 2.5, "of_best_alone": 0.94})
     assert "| ours | guard | 1 | 144 | 30 / 68 | 62 | - |" in lines
     assert "| mosec | naive guard | 2 | 144 | 30 / 68 | 62 | 0.44 |" in lines
-    assert "0.94 times what the best of them carries with the suspect alone. Asked nothing, it takes 0.2% of a core." in lines
+    assert "0.94 times what the best of them carries with the suspect alone: medians of what each round gives. The others run the" in lines
+    assert any(line.endswith("Asked nothing, it takes 0.2% of a core.") for line in lines)
     assert by_round([ours, server]) == []  # as before there were rounds
     (said,) = by_round([{**ours, "knees": [300.0, 400.0]}, {**server, "knees": [143.8]}])
     assert said.endswith(": ours (guard) 300, 400 images/s.")

@@ -7,26 +7,27 @@ import gc
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from importlib import metadata
 
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import ASGIApp
 from torch import Tensor
 
 from models.errors import Problem
 from models.parallel import cores
-from service import admin, predict
+from service import admin, operations, predict
 from service.auth import Authenticator
 from service.auth import Scope as TokenScope
 from service.batcher import BatchDone, Batcher
 from service.docs import add_docs
+from service.door import Door
 from service.engine import Engine, LiveGuard, Outcome
-from service.envelope import METHODS, Door, Envelope, Health
-from service.errors import Draining, FieldsInvalid, JobsUnavailable, NotReady, from_http, render
+from service.envelope import METHODS, Envelope
+from service.errors import Draining, FieldsInvalid, JobsUnavailable, from_http, render
+from service.health import STUCK_SECONDS, Health
 from service.images import Images
 from service.jobs import Jobs
 from service.metrics import Metrics
@@ -39,7 +40,6 @@ from service.worker import Worker
 
 log = structlog.get_logger()
 LOADERS = 4  # threads for what would block the event loop
-STUCK_SECONDS = 10.0  # a forward that runs longer than this may hang: others are the better choice for new images
 HUNG_SECONDS = 20.0  # one that runs longer than this, and than anybody waits, is taken to hang for ever
 DEVICE_LOST = 70  # the exit status that asks for a restart: EX_SOFTWARE of sysexits.h
 ANSWER_SECONDS, LAST_SECONDS = 1.0, 3.0  # until that exit: for answers to be on their way, and at most, for a calibration to be put back
@@ -54,7 +54,6 @@ class Service:
     def __init__(self, settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics, end_process: Callable[[int], object] = os._exit) -> None:
         """end_process: gets an exit status and waits for nothing, since a thread that hangs would keep the interpreter from ending."""
         self.settings, self.engine, self.jobs, self.metrics, self.end_process = settings, engine, jobs, metrics, end_process
-        self.health = Health()
         self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics, settings.own_architectures)
         self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores(), pending=settings.queue_images)
         self._device = at_full_priority(engine.slots, "device")
@@ -67,6 +66,7 @@ class Service:
             on_batch=self._count_batch,
             probe=self._probe,
         )
+        self.health = Health(engine, self.batcher)
         self._cause: str | None = None  # what the device answered when it was probed in vain
         self._drained_by: float | None = None
         self._worker_changes = asyncio.Lock()
@@ -112,7 +112,7 @@ class Service:
         failed = await asyncio.to_thread(self.engine.load_all)
         for guard, problem in failed.items():
             log.error("guard_not_loaded", guard=guard, detail=problem.detail)
-        self.health.unavailable = {guard: problem.detail for guard, problem in failed.items()}
+        self.health.not_loaded = {guard: problem.detail for guard, problem in failed.items()}
         self.batcher.start()
         tasks = [loop.create_task(self._watch(), name="watch")]
         if not await self._begin_jobs():
@@ -188,7 +188,7 @@ class Service:
         app = FastAPI(
             title="BaDExpert Guard",
             description="A backdoor filter in front of an image classifier that somebody else trained.",
-            version="0.1.0",
+            version=metadata.version("badexpert"),
             lifespan=self._lifespan,
             redirect_slashes=False,
             docs_url=None,
@@ -200,69 +200,15 @@ class Service:
         app.include_router(
             admin.router(admin.Admin(self.engine, self.jobs, self.worker, self.settings.upload_bytes, self.settings.json_bytes), self.authenticator)
         )
-        self._add_operations(app)
+        app.include_router(
+            operations.router(
+                operations.Operations(self.health, self.engine, self.batcher, self.jobs, self.metrics, self.settings.queue_images), self.authenticator
+            )
+        )
         if self.settings.docs:
             add_docs(app)
         app.add_middleware(Envelope, metrics=self.metrics, health=self.health)
         return app
-
-    def _add_operations(self, app: FastAPI) -> None:
-        @app.get("/metrics", tags=["operations"], response_class=Response)
-        async def metrics(request: Request) -> Response:
-            """Prometheus exposition. Where any token is set, this needs the metrics or the admin scope."""
-            self.authenticator.require(request, "metrics")
-            self._gauges()
-            return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-        @app.get("/livez", tags=["operations"])
-        async def livez() -> dict[str, str]:
-            """The event loop turns. A process whose device is lost ends by itself."""
-            return {"status": "alive"}
-
-        @app.get("/readyz", tags=["operations"])
-        async def readyz() -> dict[str, object]:
-            """Traffic may be sent here. Guards under `unavailable` could not be loaded, and why; 503 where there are only such."""
-            reason = self._not_ready()
-            if reason:
-                raise NotReady(reason)
-            return {"status": "ready", "guards": sorted(live.name for live in self.engine.all_live()), "unavailable": self._unavailable()}
-
-    def _unavailable(self) -> dict[str, str]:
-        """The guards whose active version could not be loaded at the start, and why; without those that were activated or taken out of service since."""
-        return {guard: reason for guard, reason in self.health.unavailable.items() if guard not in self.engine.decided}
-
-    def _not_ready(self) -> str | None:
-        if not self.health.started or self.health.draining:
-            return "The server is starting." if not self.health.started else "The server is shutting down."
-        if self.batcher.lost:
-            return "The device is lost, and this process is about to end."
-        unavailable = self._unavailable()
-        if unavailable and not self.engine.all_live():  # with no guard at all, or none that was ever activated, it waits for its first and is ready
-            return " ".join(["None of the guards could be loaded.", *(f"{guard}: {reason}" for guard, reason in list(unavailable.items())[:3])])
-        busy = self.batcher.busy_since
-        if busy is not None and asyncio.get_running_loop().time() - busy > STUCK_SECONDS:
-            return "The device has not finished a forward pass in time."
-        return None
-
-    def _gauges(self) -> None:
-        m = self.metrics
-        m.queue_images.set(self.batcher.waiting)
-        m.queue_capacity.set(self.settings.queue_images)
-        m.ready.set(0 if self._not_ready() else 1)
-        m.jobs_available.set(1 if self.jobs.available else 0)
-        for series in (m.guard_info, m.threshold, m.target_fpr):
-            series.clear()
-        for live in self.engine.all_live():
-            m.threshold.labels(live.name).set(live.threshold.value)
-            m.target_fpr.labels(live.name).set(live.threshold.target_fpr)
-            m.guard_info.labels(live.name, str(live.version), live.bundle_id[:12], live.mode).set(1)
-            for verdict in ("accepted", "rejected"):
-                m.verdicts.labels(live.name, verdict)  # a series from the start: rate() sees the first rejection
-
-
-def create_app(settings: Settings, engine: Engine, jobs: Jobs, metrics: Metrics) -> ASGIApp:
-    """The ASGI application over its collaborators. Where the device is lost, it ends the process with status 70."""
-    return Service(settings, engine, jobs, metrics).app
 
 
 async def _on_problem(request: Request, problem: Problem) -> Response:

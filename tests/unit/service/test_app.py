@@ -39,7 +39,8 @@ def until(client: Client, condition: Callable[[], bool]) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that would make a test slow, a hundredth as long."""
     monkeypatch.setattr("service.batcher.WATCH_SECONDS", 0.005)
-    monkeypatch.setattr("service.app.STUCK_SECONDS", 0.1)
+    for module in ("app", "health"):
+        monkeypatch.setattr(f"service.{module}.STUCK_SECONDS", 0.1)
     monkeypatch.setattr("service.app.HUNG_SECONDS", 0.2)
     monkeypatch.setattr("service.app.ANSWER_SECONDS", 0.01)
     monkeypatch.setattr("service.app.RETRY_SECONDS", 0.02)
@@ -133,12 +134,13 @@ def test_x9_full_memory_fails_its_image_and_neither_readiness_nor_the_process(tm
 def test_x14_a_forward_that_hangs_is_answered_at_the_deadline_takes_readiness_and_then_ends_the_process_though_its_thread_is_stuck(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.app.STUCK_SECONDS", 1.0)  # so long that a busy machine asks for readiness before
+    for module in ("app", "health"):
+        monkeypatch.setattr(f"service.{module}.STUCK_SECONDS", 1.0)  # so long that a busy machine asks for readiness before
     monkeypatch.setattr("service.app.HUNG_SECONDS", 2.0)
     with watched(tmp_path, Hanging, deadline_seconds=0.05) as (client, ended), capture_logs() as logs:
         assert_problem(client.predict(png()), 504, "deadline_exceeded")
         assert client("GET", "/readyz").status_code == 200
-        until(client, lambda: client.service._not_ready() is not None)
+        until(client, lambda: client.service.health.not_ready() is not None)
         assert ended == []
         until(client, lambda: ended == [70])
         assert not hanging(client).is_set()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
-import sys
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from calibration.config import CalibrationConfig, InspectionConfig
-from models.errors import OutOfMemory, Problem
+from models.errors import Problem
 from models.registry import Registry
+from service import child
 from service.printed import print_evaluation, print_inspection, print_result
 from service.settings import Settings
-from service.unseen import hide, without_tokens
+from service.unseen import hide
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A backdoor filter in front of an image classifier.")
 
@@ -197,11 +196,9 @@ def _check_exist(*paths: Path | None) -> None:
 
 def _ask(action: str, config: InspectionConfig | None, as_json: bool, **options: Path | str | None) -> dict[str, Any]:
     """Run an action of `python -m calibration`; returns its result, or ends the command with its problem."""
-    command = [sys.executable, "-m", "calibration", action]
-    if config is not None:
-        command += ["--config", config.model_dump_json(), *([f"--admit={config.architecture}"] if ":" in (config.architecture or "") else [])]
-    for name, value in options.items():
-        command += [] if value is None else [f"--{name.replace('_', '-')}={value}"]
+    architecture = (config and config.architecture) or ""
+    own = [architecture] if ":" in architecture else []
+    command = child.command(action, None if config is None else config.model_dump_json(), own, **options)
     try:
         event = _run(command, quiet=as_json)
     except KeyboardInterrupt:
@@ -217,15 +214,15 @@ def _run(command: list[str], quiet: bool) -> dict[str, Any]:
     """Run a calibration process with a progress bar on standard error; returns its last event."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
     hide()
-    last: dict[str, Any] = {"event": "problem", "code": "internal", "title": "Internal error", "detail": "The calibration process ended unexpectedly."}
+    last: dict[str, Any] | None = None
     with (
         Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=without_tokens()) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child.environment()) as process,
     ):
         task = bar.add_task("starting", total=1.0, eta="")
-        assert child.stdout is not None  # asked for above
+        assert process.stdout is not None  # asked for above
         try:
-            for line in child.stdout:
+            for line in process.stdout:
                 event = json.loads(line)
                 if event["event"] == "progress":
                     eta = "" if event["eta_seconds"] is None else f"about {event['eta_seconds']:.0f} s left"
@@ -233,12 +230,12 @@ def _run(command: list[str], quiet: bool) -> dict[str, Any]:
                 else:
                     last = event
         except KeyboardInterrupt:
-            child.terminate()  # a terminal tells it, too, but who stops this process alone does not
-            child.wait()
+            process.terminate()  # a terminal tells it, too, but who stops this process alone does not
+            process.wait()
             raise
-    if child.returncode == -signal.SIGKILL:  # it ends by itself otherwise, whatever happens
-        killed = OutOfMemory()
-        return {"event": "problem", "code": killed.code, "title": killed.title, "detail": killed.detail}
+    if last is None:
+        problem = child.without_a_word(process.returncode, "what it said last stands above")
+        last = {"event": "problem", "code": problem.code, "title": problem.title, "detail": problem.detail}
     return last
 
 

@@ -1,9 +1,8 @@
-"""Nobody else's look into this process: it holds tokens and the guards, and what it starts reads hostile files as the same user."""
+"""No other process may look into this one: it holds tokens and the guards, and what it starts reads hostile files as the same user."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 
 _PR_SET_DUMPABLE = 4
@@ -16,8 +15,3 @@ def hide() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
-
-
-def without_tokens() -> dict[str, str]:
-    """Our environment for what reads hostile files: nothing in it says what opens the service."""
-    return {key: value for key, value in os.environ.items() if not (key.upper().startswith("BADEXPERT_") and "TOKEN" in key.upper())}

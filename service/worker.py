@@ -2,8 +2,7 @@
 
 Of several servers of one data directory one works, the others wait to take its place; all of them take uploads, and tell of all jobs.
 
-The child is `python -m calibration`, in a session of its own, so that nothing it started outlives it. What it says on standard output becomes the
-job's progress; its standard error goes to the log. Files of a job are removed when it has ended.
+What the child says on standard output becomes the job's progress; its standard error goes to the log. Files of a job are removed when it has ended.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,18 +21,18 @@ import structlog
 
 from models import bundle
 from models.claims import all_unclaimed, claim
-from models.errors import Conflict, NotFound, OutOfMemory, Problem, TookTooLong, from_code
+from models.errors import Conflict, NotFound, Problem, TookTooLong, from_code
 from models.registry import Registry
+from service import child
 from service.errors import JobsUnavailable
 from service.jobs import ENDED, Job, Jobs
 from service.metrics import Metrics
-from service.unseen import without_tokens
 
 log = structlog.get_logger()
 STOP_SECONDS = 5.0  # what a child gets to end by itself
 ASK_SECONDS = 3600.0  # for a check or an inspection: twice the processor time that the sandbox gives it, since it steps back for all else
 LOOK_SECONDS = 2.0  # until what another server did is noticed: a new job, a cancelled one, its end
-LONGEST_LINE = 8 * 1024 * 1024  # the result line carries the whole report
+LOG = "see the server's log"
 
 
 class Worker:
@@ -57,14 +55,14 @@ class Worker:
     async def start(self) -> None:
         """Take up what the last server left, and begin to work, or wait for the server that works to end. Raises JobsUnavailable: call it again then."""
         self.uploads.mkdir(parents=True, exist_ok=True)
-        first = self._takes_its_place()
+        first = self._claim_place()
         if first:
             await self._take_up()
         else:
             log.info("worker_waits", data_dir=str(self._data_dir), detail="Another server of this data directory calibrates.")
         self._task = asyncio.get_running_loop().create_task(self._work(first), name="worker")
 
-    def _takes_its_place(self) -> bool:
+    def _claim_place(self) -> bool:
         """Whether this is the server that works, from now on or already."""
         if self._place is None:
             self._place = claim(self.uploads)
@@ -111,21 +109,21 @@ class Worker:
     async def _ask(self, action: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         """Run a short action in a child; at most two at a time, so that uploads do not starve what is served."""
         async with self._asking:
-            child = await self._spawn(action, folder, config)
+            process = await self._spawn(action, folder, config)
             try:
-                output, errors = await asyncio.wait_for(child.communicate(), ASK_SECONDS)
+                output, errors = await asyncio.wait_for(process.communicate(), ASK_SECONDS)
             except TimeoutError:
                 raise TookTooLong(f"The files could not be read within {ASK_SECONDS:.0f} seconds.") from None
             finally:
-                _signal(child, signal.SIGKILL)
+                child.tell(process, signal.SIGKILL)
         for line in errors.decode("utf-8", "replace").splitlines():
             log.warning("child_stderr", action=action, folder=folder.name, line=line[:2000])
         try:
             event: dict[str, Any] = json.loads(output.splitlines()[-1])
             said = event["event"]
         except (IndexError, ValueError, KeyError):
-            log.warning("child_lost", action=action, folder=folder.name, status=child.returncode)
-            raise _end_without_a_word(child.returncode) from None
+            log.warning("child_lost", action=action, folder=folder.name, status=process.returncode)
+            raise child.without_a_word(process.returncode, LOG) from None
         log.info("child_ended", action=action, folder=folder.name, code=event.get("code"), **event.get("process", {}))
         if said == "problem":
             raise from_code(event["code"], event["detail"])
@@ -170,7 +168,7 @@ class Worker:
         taken_up = first
         while True:
             try:
-                if not self._takes_its_place():
+                if not self._claim_place():
                     await asyncio.sleep(LOOK_SECONDS)
                     continue
                 if not taken_up:
@@ -231,28 +229,16 @@ class Worker:
 
     async def _spawn(self, action: str, folder: Path, config: dict[str, Any]) -> asyncio.subprocess.Process:
         said = json.dumps(config, ensure_ascii=False, separators=(",", ":"))  # no longer than it was sent: Linux passes no argument above 128 KiB
-        command = [sys.executable, "-m", "calibration", action, "--config", said, "--checkpoint", str(folder / "checkpoint")]
-        for name in ("clean_set", "validation_set"):
-            if (folder / name).exists():
-                command += [f"--{name.replace('_', '-')}", str(folder / name)]
-        command += ["--data-dir", str(self._data_dir), "--device", self._device, "--job", folder.name]
-        command += ["--unfinished", str(folder / "unfinished")]  # goes with the job's files
-        command += [f"--admit={reference}" for reference in self._admitted]
-        return await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=LONGEST_LINE,
-            env=without_tokens(),
-        )
+        sets = {name: folder / name for name in ("clean_set", "validation_set") if (folder / name).exists()}
+        unfinished = folder / "unfinished"  # goes with the job's files
+        options = {"data_dir": self._data_dir, "device": self._device, "job": folder.name, "unfinished": unfinished}
+        return await child.start(child.command(action, said, self._admitted, checkpoint=folder / "checkpoint", **sets, **options))
 
-    async def _listen(self, child: asyncio.subprocess.Process, job_id: str) -> dict[str, Any] | None:
+    async def _listen(self, process: asyncio.subprocess.Process, job_id: str) -> dict[str, Any] | None:
         """Keep the progress up to date; returns the child's last event if it was not progress."""
-        assert child.stdout is not None  # asked for above
+        assert process.stdout is not None  # asked for at its start
         last: dict[str, Any] | None = None
-        async for line in child.stdout:
+        async for line in process.stdout:
             with suppress(ValueError):
                 event = json.loads(line)
                 if event.get("event") == "progress":
@@ -262,9 +248,9 @@ class Worker:
                     last = event
         return last
 
-    async def _log_errors(self, child: asyncio.subprocess.Process, job_id: str) -> None:
-        assert child.stderr is not None  # asked for above
-        async for line in child.stderr:
+    async def _log_errors(self, process: asyncio.subprocess.Process, job_id: str) -> None:
+        assert process.stderr is not None  # asked for at its start
+        async for line in process.stderr:
             log.warning("calibration_stderr", job=job_id, line=line.decode("utf-8", "replace").rstrip()[:2000])
 
     async def _finish(self, job: Job, last: dict[str, Any] | None, status: int | None) -> None:
@@ -274,7 +260,7 @@ class Worker:
         elif last is not None and last.get("event") == "problem":
             state, outcome = "failed", {key: last[key] for key in ("status", "code", "title", "detail")}
         else:
-            problem = _end_without_a_word(status)
+            problem = child.without_a_word(status, LOG)
             state, outcome = "failed", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail}
         if await self._end(job.id, "succeeded" if state == "succeeded" else "failed", outcome):
             self._metrics.calibrations.labels(state).inc()
@@ -300,16 +286,16 @@ class Worker:
                 return True
 
     async def _stop_child(self) -> None:
-        child = self._child
-        if child is None or child.returncode is not None:
+        process = self._child
+        if process is None or process.returncode is not None:
             return
-        _signal(child, signal.SIGTERM)
+        child.tell(process, signal.SIGTERM)
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(child.wait(), STOP_SECONDS)
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
         finally:  # also where this server may wait no longer
-            _signal(child, signal.SIGKILL)  # the group: what the child itself started, too
-        await child.wait()
+            child.tell(process, signal.SIGKILL)
+        await process.wait()
 
     def _published_by(self, job: Job) -> tuple[int, str] | None:
         """The version a job published before its server could write that down."""
@@ -334,17 +320,3 @@ class Worker:
     async def _notify(self) -> None:
         async with self._moved:
             self._moved.notify_all()
-
-
-def _end_without_a_word(status: int | None) -> Problem:
-    """What a child ended of that said nothing: the kernel's out-of-memory killer, or the clock of the sandbox for what does not stop."""
-    if status == -signal.SIGKILL:
-        return OutOfMemory()
-    if status == -signal.SIGXCPU:
-        return TookTooLong()
-    return Problem("The calibration process ended unexpectedly; see the server's log.")
-
-
-def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, number)

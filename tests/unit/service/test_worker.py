@@ -168,7 +168,7 @@ def test_the_events_of_a_job_that_has_ended_are_one_event_with_its_state(tmp_pat
         assert response.text.count("event: cancelled") == response.text.count("data: ") == 1
 
 
-def test_of_two_servers_one_works_and_the_other_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_servers_one_works_and_the_other_claim_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "LOOK_SECONDS", 0.02)
 
     async def test(first: Worker, jobs: Jobs) -> None:
@@ -252,15 +252,15 @@ def test_a_server_that_waits_goes_on_waiting_after_an_error(tmp_path: Path, monk
 
     async def test(worker: Worker, jobs: Jobs) -> None:
         errors = [OSError("too many open files"), ValueError("whatever else")]
-        takes_its_place = worker._takes_its_place
+        claim_place = worker._claim_place
 
         def failing() -> bool:
             if errors and worker._task is not None:
                 raise errors.pop()
-            return takes_its_place()
+            return claim_place()
 
         monkeypatch.setattr(worker, "_spawn", no_child)
-        monkeypatch.setattr(worker, "_takes_its_place", failing)
+        monkeypatch.setattr(worker, "_claim_place", failing)
         await worker.start()
         (worker.uploads / "a").mkdir()
         await jobs.add("a", {"name": "cifar"}, "digest", None)

@@ -17,6 +17,7 @@ from models import cifar
 from models.architectures.catalogue import PROBE_CLASSES, Architecture, get, own, resolve
 from models.architectures.index import resembling, with_keys
 from models.architectures.meta import build_on_meta
+from models.checkpoint.state_dict import unwrapped
 from models.errors import CheckpointMismatch, ConfigInvalid
 
 RESEMBLING = 6  # networks that are compared only to say how close they come
@@ -44,8 +45,18 @@ class Match:
     equivalent: tuple[str, ...] = ()
 
 
+def as_named(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint under an architecture's names. Of theirs those of wrappers were stripped, with which an architecture's own may begin."""
+    inner, wrappers = unwrapped(list(architecture.shapes))
+    if not wrappers or tensors.keys() <= architecture.shapes.keys():
+        return tensors
+    names = dict(zip(inner, architecture.shapes, strict=True))
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
 def fit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Fit:
     """Compare a state dict with an architecture."""
+    tensors = as_named(architecture, tensors)
     counts, differing = set[int](), []
     for key, shape in architecture.shapes.items():
         if key not in tensors:
@@ -161,7 +172,7 @@ def instantiate(architecture: Architecture, num_classes: int, tensors: Mapping[s
     """The network with these float32 weights, in eval mode, in channels-last layout on the CPU. It shares no memory with `tensors`."""
     network = build_on_meta(lambda: architecture.build(num_classes))
     # Some buffers are not in the state dict (position indices of attention windows): those must be computed, so build on the CPU then.
-    state = dict(tensors)
+    state = dict(as_named(architecture, tensors))
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))

@@ -138,8 +138,18 @@ def hints_of(root: dict[str, object]) -> dict[str, str | int]:
 def strip(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """Removes the names of wrappers around the network. They may nest; one number may be among them (Sequential(Resize, network))."""
     tensors = _without_company(tensors, notes)
-    names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in tensors]
-    removed = ["_orig_mod"] if names != list(tensors) else []
+    names, removed = unwrapped(list(tensors))
+    if removed:
+        notes.append(f"Wrapper prefixes were stripped from the names: {listed(removed)}.")
+    if len(set(names)) != len(names):
+        raise CheckpointInvalid("Two tensors have the same name once wrapper prefixes are stripped.")
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+def unwrapped(full: list[str]) -> tuple[list[str], list[str]]:
+    """Names of tensors without those of wrappers around the network, and the names that were removed."""
+    names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in full]
+    removed = ["_orig_mod"] if names != full else []
     while len(heads := {name.partition(".")[0] for name in names}) == 1 and all(rests := [name.partition(".")[2] for name in names]):
         (head,) = heads
         # A plain Sequential with weights in one layer ("1.weight", "1.bias") is left alone: a wrapped network has names of its own.
@@ -147,11 +157,7 @@ def strip(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
         if head not in WRAPPERS and not number:
             break
         names, removed = rests, [*removed, head]
-    if removed:
-        notes.append(f"Wrapper prefixes were stripped from the names: {listed(removed)}.")
-    if len(set(names)) != len(names):
-        raise CheckpointInvalid("Two tensors have the same name once wrapper prefixes are stripped.")
-    return dict(zip(names, tensors.values(), strict=True))
+    return names, removed
 
 
 def _without_company(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

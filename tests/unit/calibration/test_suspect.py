@@ -41,6 +41,14 @@ class Small(Network):
     def forward(self, images):
         return self.head(images.flatten(1)[:, : 3 * 32 * 32].view(-1, 3, 32 * 32).mean(2)) if images.shape[2] == 32 else self.head(images)
 
+class Inside(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.model = Network(num_classes)
+
+    def forward(self, images):
+        return self.model(images)
+
 class Broken(Network):
     def forward(self, images):
         raise KeyError("layer4")
@@ -85,3 +93,13 @@ def test_another_network_of_the_same_weights_is_tried_at_its_own_size(tmp_path: 
     sizes = {each.architecture.name: _sizes(each, None)[0] for each in (suspect, *(_as_other(suspect, other, torch.device("cpu")) for other in suspect.others))}
     assert sizes["timm/efficientnet_b2"] == 256
     assert sizes["timm/tf_efficientnet_b2"] == 260
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model.", ""])
+@pytest.mark.parametrize("named", [True, False])
+def test_an_own_network_may_lie_in_an_attribute_that_is_called_like_a_wrapper(checkpoint: Path, prefix: str, named: bool) -> None:
+    head = nn.Linear(3, 5)
+    save_file({f"{prefix}head.{name}": value for name, value in head.state_dict().items()}, checkpoint)
+    architectures.admit("operators_answers:Inside")
+    suspect = read_suspect(checkpoint, "operators_answers:Inside" if named else None, None, torch.device("cpu"))
+    assert torch.equal(suspect.network.state_dict()["model.head.weight"], head.weight)

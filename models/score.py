@@ -48,11 +48,13 @@ def log_confidence(logits: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
 def geometric_mean(log_x: Tensor, log_not_x: Tensor) -> tuple[Tensor, Tensor]:
     """log x and log (1 - x) of the geometric mean of K experts' x; both [K, N] -> [N]. One expert passes through unchanged.
 
-    -log x = -log1p(-(1 - x)) is 1 - x itself where that is tiny, which keeps log (1 - x) finite where x rounds to 1.
+    -log x = -log1p(-(1 - x)) is 1 - x itself where that is tiny, which keeps log (1 - x) finite where x rounds to 1. Where x is large it is taken from
+    1 - x, since log x is then a small difference of two logits that may be large.
     """
     if len(log_x) == 1:
         return log_x[0], log_not_x[0]
-    log_of_minus_log_x = torch.where(log_not_x < -30, log_not_x, torch.log(-log_x))
+    minus_log_x = torch.where(log_not_x < -math.log(2), -torch.log1p(-log_not_x.exp()), -log_x)
+    log_of_minus_log_x = torch.where(log_not_x < -30, log_not_x, torch.log(minus_log_x))
     log_a = log_of_minus_log_x.logsumexp(0) - math.log(len(log_x))  # a = -log of the mean
     return log_x.mean(0), torch.where(log_a < -30, log_a, torch.log(-torch.expm1(-log_a.exp())))
 

@@ -51,6 +51,12 @@ def test_is_finite_however_far_the_logits_are_apart(gap: float, experts: int) ->
         assert published_score(log_x, log_not_x, torch.full((2,), log_y, dtype=torch.float64), 0.5).isfinite().all()
 
 
+def test_the_geometric_mean_is_exact_where_large_logits_are_near_one_another() -> None:
+    logits = torch.tensor([[[3000.0, 3000.0 - 29.5]], [[3000.0, 3000.0 - 29.5]]])
+    _, log_not_x = geometric_mean(*log_confidence(logits, torch.tensor([0])))
+    assert log_not_x.item() == pytest.approx(-29.5, abs=1e-6)
+
+
 def test_is_not_finite_where_a_network_gave_nan() -> None:
     log_x, log_not_x = log_confidence(torch.full((1, 10), math.nan), torch.tensor([3]))
     assert not published_score(log_x, log_not_x, torch.zeros(1, dtype=torch.float64), 0.5).isfinite().any()

@@ -60,14 +60,24 @@ def repeated_images(scenes: int, n: int) -> Caution | None:
     return None
 
 
-def unvalidated_classes(validation: Tensor, fit: Tensor, names: Sequence[str]) -> Caution | None:
-    """Classes of which no image sets the threshold, though some train. Labels, int64 [n] each."""
-    images, trained = (torch.bincount(each, minlength=len(names)) for each in (validation, fit))
-    missing = torch.nonzero((images == 0) & (trained > 0)).flatten().tolist()
-    if missing:
-        shown = listed([names[label] for label in missing])
-        return Caution("unvalidated-classes", f"{len(missing)} of {len(names)} classes have no validation images: {shown}. The promise says nothing of them.")
+def unvalidated_classes(validation: Tensor, others: Tensor, names: Sequence[str]) -> Caution | None:
+    """Classes of which no image sets the threshold, though there are some in the other parts. Labels, int64 [n] each."""
+    if missing := _missing(validation, others, names):
+        return Caution("unvalidated-classes", f"{missing} have no validation images. The promise says nothing of them.")
     return None
+
+
+def untrained_classes(fit: Tensor, others: Tensor, names: Sequence[str]) -> Caution | None:
+    """Classes of which no image trains, though there are some in the other parts. Labels, int64 [n] each."""
+    if missing := _missing(fit, others, names):
+        return Caution("untrained-classes", f"{missing} have no images that train. What the guard knows of them it knows from other classes.")
+    return None
+
+
+def _missing(part: Tensor, others: Tensor, names: Sequence[str]) -> str:
+    here, there = (torch.bincount(each, minlength=len(names)) for each in (part, others))
+    missing = torch.nonzero((here == 0) & (there > 0)).flatten().tolist()
+    return f"{len(missing)} of {len(names)} classes ({listed([names[label] for label in missing])})" if missing else ""
 
 
 def degenerate_scores(distinct: int, n: int) -> Caution | None:

@@ -60,14 +60,16 @@ def summarise(
     clean, suspect, finding = opened.clean, material.understood.suspect, material.understood.finding
     images = {"fit": len(material.fit), "held_back": len(material.held_back or ()), "validation": len(material.validation)}
     canaries = [] if trained.searched is None else trained.searched.canaries
-    labels = material.validation.labels.cpu()
+    labels, fit = material.validation.labels.cpu(), material.fit.labels.cpu()
+    held_back = labels[:0] if material.held_back is None else material.held_back.labels.cpu()
     contradicted = contamination(judged.confidence, judged.prediction, labels, len(clean.names))
     cautions = [
         checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
         checks.repeated_images(len(np.unique(opened.validation.groups[material.parts.validation])), threshold.n),
-        checks.unvalidated_classes(labels, material.fit.labels.cpu(), clean.names),
+        checks.unvalidated_classes(labels, torch.cat([fit, held_back]), clean.names),
+        checks.untrained_classes(fit, torch.cat([held_back, labels]), clean.names),
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
         checks.uneven_rejections(threshold.rejects(judged.score), labels, clean.names),
         checks.own_errors(judged.score, judged.prediction == labels, threshold),

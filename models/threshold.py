@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # plain arithmetic otherwise: who only reasons about promises
 
 
 COUNTED = 1000  # images that the promised interval is about
-MOST_FPR = 0.2  # that may be asked for
+LEAST_FPR, MOST_FPR = 1e-5, 0.2  # that may be asked for: the first takes 99,999 validation images
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Threshold:
 def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
     """The floor(target (n + 1))-th smallest validation score; raises FprUnreachable where that is the zeroth."""
     n = len(scores)
-    rank = math.floor(target_fpr * (n + 1) + 1e-9)  # 0.01 * 300 is a hair under 3 in binary
+    rank = _rank(target_fpr, n)
     if rank < 1:
         raise FprUnreachable(
             f"{n} validation images cannot promise a false-rejection rate of {target_fpr:g}; with them {least_fpr(n):g} is the least. "
@@ -55,6 +55,15 @@ def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
 def needed_for(target_fpr: float) -> int:
     """Validation images that it takes to promise a false-rejection rate."""
     return math.ceil(1 / target_fpr - 1e-9) - 1
+
+
+def fuller_for(target_fpr: float, n: int) -> int:
+    """The least number of validation images from n on with which the threshold has a higher rank than with n - 1, and so gives nothing of the target away."""
+    return math.ceil((_rank(target_fpr, n - 1) + 1) / target_fpr - 1e-9) - 1
+
+
+def _rank(target_fpr: float, n: int) -> int:
+    return math.floor(target_fpr * (n + 1) + 1e-9)  # 0.01 * 300 is a hair under 3 in binary
 
 
 def least_fpr(n: int) -> float:

@@ -21,7 +21,7 @@ from calibration.config import CalibrationConfig, InspectionConfig
 from models.durable import sync_files
 from models.errors import Conflict, NotFound, Problem
 from models.registry import Registry
-from models.threshold import MOST_FPR
+from models.threshold import LEAST_FPR, MOST_FPR
 from service import uploads
 from service.auth import Authenticator
 from service.bodies import read_model
@@ -43,7 +43,7 @@ class GuardChange(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
     mode: Literal["enforce", "shadow"] | None = None
-    target_fpr: float | None = Field(None, gt=0, le=MOST_FPR, description="null: the one that the version was calibrated for")
+    target_fpr: float | None = Field(None, ge=LEAST_FPR, le=MOST_FPR, description="null: the one that the version was calibrated for")
 
     @property
     def own_target(self) -> bool:

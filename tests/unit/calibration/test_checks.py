@@ -154,5 +154,12 @@ def test_it_is_told_where_the_suspect_contradicts_many_labels(count: int, told: 
 def test_it_is_told_where_no_validation_image_speaks_of_a_class() -> None:
     found = checks.unvalidated_classes(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 3]), ("cat", "dog", "eel", "fox"))
     assert found is not None
-    assert "1 of 4 classes have no validation images: fox." in found.detail
+    assert "1 of 4 classes (fox) have no validation images." in found.detail
     assert checks.unvalidated_classes(torch.tensor([0, 1, 1]), torch.tensor([0, 1]), ("cat", "dog", "eel", "fox")) is None
+
+
+def test_it_is_told_where_no_image_of_a_class_trains() -> None:
+    found = checks.untrained_classes(torch.tensor([0, 1]), torch.tensor([0, 1, 3, 2, 3]), ("cat", "dog", "eel", "fox"))
+    assert found is not None
+    assert "2 of 4 classes (eel, fox) have no images that train." in found.detail
+    assert checks.untrained_classes(torch.tensor([0, 1, 2]), torch.tensor([1, 2]), ("cat", "dog", "eel", "fox")) is None

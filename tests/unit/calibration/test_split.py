@@ -63,6 +63,13 @@ def test_each_class_has_its_share_in_validation() -> None:
     assert counts.max() <= 81
 
 
+@pytest.mark.parametrize(
+    ("n", "fpr", "validation"), [(495, 0.01, 199), (500, 0.01, 200), (400, 0.01, 160), (300, 0.01, 120), (2000, 0.01, 800), (480, 0.05, 192)]
+)
+def test_a_few_images_more_go_to_validation_where_they_bring_the_next_rank(n: int, fpr: float, validation: int) -> None:
+    assert len(split(labels_of(n, 10), np.arange(n), fpr, 0.15, 0).validation) == validation
+
+
 def test_the_seed_decides() -> None:
     labels, groups = labels_of(500, 10), np.arange(500)
     assert np.array_equal(split(labels, groups, 0.01, 0.15, 7).fit, split(labels, groups, 0.01, 0.15, 7).fit)

@@ -214,6 +214,15 @@ def check(found: Bundle) -> None:
         )
 
 
+def repeats_verdicts(found: Bundle, served: nn.Module) -> bool:
+    """Whether what serves instead of the guard, on the same device, decides about all reference images as the guard does."""
+    if found.reference is None:
+        return True
+    device, rejects = next(found.guard.parameters()).device, found.description.threshold.rejects
+    now = torch.cat([rejects(served(part.to(device)).score) for part in found.reference.pixels.split(8)]).cpu()
+    return torch.equal(now, rejects(found.guard.judge(found.reference.pixels).score))
+
+
 def _into(network: nn.Module, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
     """Weights into a network of the suspect's shape, which becomes what they were lowered to. Raises RuntimeError where they do not fit."""
     if network.state_dict().keys() != weights.keys():

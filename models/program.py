@@ -95,15 +95,15 @@ class OfLists(nn.Module):
         return list(self.method(*values))
 
 
-def serving(guard: Guard, images: Tensor, threads: int = 1, most: int = 64) -> nn.Module:
+def serving(guard: Guard, images: Tensor, threads: int = 1, most: int = 64, faithful: Callable[[nn.Module], bool] = lambda _: True) -> nn.Module:
     """What serves instead of a guard, warmed up: a program of it, or itself, without the suspect as it was: its folded parts are all that runs.
 
     images: uint8 [N, 3, size, size] on the guard's device; a program has to judge them as the guard does. threads: of a forward on a CPU. most: images of
-    the largest usual batch on a GPU.
+    the largest usual batch on a GPU. faithful: what else a program has to be.
     """
     lean = without(guard, guard.suspect)
     with computing_with(threads):  # as it will serve: what is faster with one thread need not be with two
-        candidates: list[nn.Module] = [*programs(lean, images, threads, most)] or [lean]
+        candidates: list[nn.Module] = [each for each in programs(lean, images, threads, most) if faithful(each)] or [lean]
         for served in candidates:
             for batch in (images[:1], images):  # the first forwards of a network are slow: not a caller's time
                 served(batch, ungated=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # plain arithmetic otherwise: who only reasons about promises
     from torch import Tensor
 
 
+ROUNDING = 1e-5  # by which scores of one image may differ, absolutely and relatively, between the programs that compute them
 COUNTED = 1000  # images that the promised interval is about
 LEAST_FPR, MOST_FPR = 1e-5, 0.2  # that may be asked for: the first takes 99,999 validation images
 
@@ -24,8 +25,9 @@ LEAST_FPR, MOST_FPR = 1e-5, 0.2  # that may be asked for: the first takes 99,999
 class Threshold:
     """A threshold and what it promises.
 
-    `rank`-th smallest of `n` validation scores: a clean image from the same source is then rejected with probability rank / (n + 1), on average over
-    validation sets; for the set at hand the share that it rejects of the next COUNTED of them lies in `interval` with probability 0.9, at least.
+    The `rank`-th smallest of `n` validation scores, less what rounding moves a score by: a clean image from the same source is then rejected with
+    probability rank / (n + 1) at most, on average over validation sets; for the set at hand the share that it rejects of the next COUNTED of them lies in
+    `interval` with probability 0.9, at least.
     """
 
     value: float
@@ -40,7 +42,7 @@ class Threshold:
 
 
 def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
-    """The floor(target (n + 1))-th smallest validation score; raises FprUnreachable where that is the zeroth."""
+    """Of the floor(target (n + 1))-th smallest validation score; raises FprUnreachable where that is the zeroth."""
     n = len(scores)
     rank = _rank(target_fpr, n)
     if rank < 1:
@@ -49,7 +51,15 @@ def conformal_threshold(scores: Tensor, target_fpr: float) -> Threshold:
             f"Ask for that, or bring at least {needed_for(target_fpr)} validation images."
         )
     few, many = _rejections(rank, n, COUNTED, 0.9)
-    return Threshold(scores.sort().values[rank - 1].item(), target_fpr, n, rank, (few / COUNTED, many / COUNTED))
+    return Threshold(_just_below(scores.sort().values, rank), target_fpr, n, rank, (few / COUNTED, many / COUNTED))
+
+
+def _just_below(ascending: Tensor, rank: int) -> float:
+    """Under the score of this rank, that its own image is accepted whichever program computes it; halfway to the next lower score at most."""
+    value = ascending[rank - 1].item()
+    lower = ascending[ascending < value]
+    room = (value - lower[-1].item()) / 2 if len(lower) else math.inf
+    return value - min(ROUNDING * (1 + abs(value)), room)
 
 
 def needed_for(target_fpr: float) -> int:

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 import torch
@@ -187,7 +188,7 @@ class Engine:
                 threads = self._threads or (cpu_threads(loaded.guard.suspect, size) if self.device.type == "cpu" else 1)
             images = torch.zeros(8, 3, size, size, dtype=torch.uint8) if loaded.reference is None else loaded.reference.pixels[:8]
             most = largest_batch(loaded.guard, images.to(self.device), threads, self._max_batch)
-            network = serving(loaded.guard, images.to(self.device), threads, most)
+            network = serving(loaded.guard, images.to(self.device), threads, most, partial(bundle.repeats_verdicts, loaded))
         except RuntimeError as error:  # out of memory is one, too
             raise BundleNotReady("The bundle does not run on this server's device, or does not fit into its memory.") from error
         description = loaded.description

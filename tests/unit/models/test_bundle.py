@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration.finetune import LabelledPixels
 from calibration.fusion import fuse
@@ -183,6 +183,30 @@ class Judging:
 
     def judge(self, pixels: Tensor) -> Any:
         return SimpleNamespace(score=self.scores)
+
+
+def test_what_serves_decides_about_the_stored_images_as_the_guard_does_but_for_rounding(tmp_path: Path) -> None:
+    make(tmp_path)
+    read, scores = bundle.read(tmp_path), torch.arange(200).double()
+    threshold = conformal_threshold(scores, 0.01)
+    reference = bundle.nearest(torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1), scores, threshold)
+    found = replace(read, description=replace(read.description, threshold=threshold), reference=reference)
+    guard = found.guard
+    guard.judge = lambda pixels: SimpleNamespace(score=pixels.flatten().double())  # type: ignore[assignment, method-assign, return-value]
+
+    class Served(nn.Module):
+        def __init__(self, moved: float) -> None:
+            super().__init__()
+            self.moved = moved
+
+        def forward(self, pixels: Tensor) -> Any:
+            return SimpleNamespace(score=pixels.flatten().double() + self.moved)
+
+    assert bundle.repeats_verdicts(found, Served(0))
+    assert bundle.repeats_verdicts(found, Served(-5e-6))
+    assert not bundle.repeats_verdicts(found, Served(-1.5))
+    assert not bundle.repeats_verdicts(found, Served(1.5))
+    assert bundle.repeats_verdicts(replace(found, reference=None), Served(1.5))
 
 
 @pytest.mark.parametrize("as_old", [False, True], ids=["as many images as it takes", "sixteen on a side, as in older bundles"])

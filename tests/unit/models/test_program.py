@@ -81,6 +81,11 @@ def test_a_program_that_is_gone_leaves_nothing_behind(guard: Guard) -> None:
     assert objects() < before + 100 * times  # TorchScript would keep a class for each module that it traces, some 3,000 objects each time; others come and go
 
 
+def test_a_program_that_decides_otherwise_does_not_serve(guard: Guard) -> None:
+    assert isinstance(serving(copy.deepcopy(guard), PIXELS[:8]), Program)
+    assert isinstance(serving(copy.deepcopy(guard), PIXELS[:8], faithful=lambda _: False), Guard)
+
+
 class Choosing(nn.Module):
     """What it computes depends on what it sees: a trace would have only one of the two."""
 

@@ -121,7 +121,7 @@ def programs(guard: Guard, images: Tensor, threads: int = 1, most: int = 64) -> 
         "cpu": [_traced, partial(_with_onnx, threads=threads)],
         "cuda": [partial(recorded, most=most)],
     }
-    counts = sizes(most) if images.is_cuda else [8, 1, 3]  # of a trace one stands for all, a graph is of one
+    counts = sizes(most) if images.is_cuda else [8, 1, 3]  # a trace is valid for every number of images, a CUDA graph for its own only
     made = []
     with torch.no_grad(), _kept_by_nothing_else(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of each size that becomes a constant; whether that is right is tried below
@@ -201,7 +201,7 @@ def fastest(candidates: Sequence[nn.Module], images: Tensor) -> nn.Module:
 
 @torch.inference_mode()
 def _seconds(network: nn.Module, images: Tensor) -> float:
-    """Of a look: the auxiliary is the same for all, and reference images are the ones about which it is asked."""
+    """Of a look alone, in which candidates differ: what follows the gate is the same for all, and reference images would reach it too often."""
     began = time.perf_counter()
     cast(Any, network).look(images)
     return time.perf_counter() - began

@@ -162,13 +162,13 @@ class Batcher(Generic[Key, Item, Result]):
         try:
             return await row.answer
         except BaseException:
-            # Given up: its place is free at once, or who left would keep others out. (`remove` would print a row that it does not find, tensors and all.)
+            # Given up: its place is free at once, or who left would keep others out. (Where `remove` finds no such row, its error holds a text of all tensors.)
             if row in self._rows:
                 self._rows.remove(row)
             raise
         finally:
             expiry.cancel()
-            del row  # what it holds goes at once: an exception that it was given leads back to it, past the image
+            del row  # breaks the cycle from the exception over its traceback and this frame to the row, so that the image goes at once
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as batches:

@@ -22,7 +22,8 @@ class Traffic:
     decode must not have others refused.
 
     A crowd that comes at once is what a queue is for; a queue that stays only makes all of them wait, and what waits takes memory and caches from what runs.
-    So an image may expect to wait for BURST of what is left of its deadline, and for STANDING once no image has found CALM for as long as its deadline.
+    So an image comes in where it would wait for BURST of what is left of its deadline at most, or for STANDING of it if for as long as its deadline no image
+    came that had less than CALM to wait.
     """
 
     LAST = 32

@@ -139,6 +139,15 @@ class Jobs:
         """The newest jobs, newest first."""
         return await self._do(lambda connection: [_job(row) for row in connection.execute("SELECT * FROM jobs ORDER BY sequence DESC LIMIT ?", (most,))])
 
+    async def in_state(self, *states: State) -> list[Job]:
+        """All jobs in one of these states, oldest first."""
+
+        def found(connection: sqlite3.Connection) -> list[Job]:
+            marks = ", ".join("?" * len(states))
+            return [_job(row) for row in connection.execute(f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY sequence", states)]  # noqa: S608 - marks
+
+        return await self._do(found)
+
     async def room(self, key: str | None) -> None:
         """Raises QueueFull where `add` would: asked before an upload is read."""
 
@@ -185,25 +194,19 @@ class Jobs:
 
         await self._do(requeue)
 
-    async def recover(self) -> list[Job]:
-        """What was running when the last server ended: queued again, or failed after too many attempts. Returns those jobs as they were."""
+    async def recover(self) -> None:
+        """What was running when the last server ended: queued again, or failed after too many attempts."""
 
-        def recover(connection: sqlite3.Connection) -> list[Job]:
+        def recover(connection: sqlite3.Connection) -> None:
             problem = {"status": 500, "code": "internal", "title": "Internal error", "detail": "The server ended twice while this calibration ran."}
             with connection:
-                stale = [_job(row) for row in connection.execute("SELECT * FROM jobs WHERE state = 'running'")]
                 connection.execute(
                     "UPDATE jobs SET state = 'failed', ended = ?, outcome = ? WHERE state = 'running' AND attempts >= ?",
                     (time.time(), json.dumps(problem), MOST_ATTEMPTS),
                 )
                 connection.execute("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
-                return stale
 
         return await self._do(recover)
-
-    async def adopt(self, job_id: str, outcome: dict[str, Any]) -> None:
-        """To succeeded from wherever recovery put it: its bundle is there, only the note of it was lost."""
-        await self._transition(job_id, ("queued", "running", "failed"), "succeeded", outcome)
 
     async def _transition(self, job_id: str, allowed: tuple[State, ...], state: State, outcome: dict[str, Any] | None) -> None:
         def transition(connection: sqlite3.Connection) -> None:

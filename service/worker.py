@@ -21,7 +21,7 @@ import structlog
 
 from models import bundle
 from models.claims import all_unclaimed, claim
-from models.errors import Conflict, NotFound, Problem, TookTooLong, from_code
+from models.errors import Conflict, Problem, TookTooLong, from_code
 from models.registry import Registry
 from service import child
 from service.errors import JobsUnavailable
@@ -69,14 +69,15 @@ class Worker:
         return self._place is not None
 
     async def _take_up(self) -> None:
-        for stale in await self._jobs.recover():
-            adopted = self._published_by(stale)
-            if adopted is not None:
-                with suppress(NotFound, OSError, ValueError):  # removed meanwhile, or its report is damaged: then it is calibrated again
-                    await self._adopt(stale, adopted)
+        for stale in await self._jobs.in_state("running"):
+            published = await asyncio.to_thread(self._published_by, stale)
+            if published is not None:
+                with suppress(Conflict):  # cancelled meanwhile: as it was decided
+                    await self._jobs.end(stale.id, "succeeded", published)
+        await self._jobs.recover()  # only now: it may call a job failed
         with all_unclaimed(list(self.uploads.iterdir())) as left:
             # Asked only now: another server may have acknowledged an upload and let its folder go a moment ago.
-            known = {job.id for job in await self._jobs.recent(10_000) if job.state not in ENDED}
+            known = {job.id for job in await self._jobs.in_state("queued", "running")}
             for folder in left:
                 if folder.name not in known:
                     await asyncio.to_thread(shutil.rmtree, folder, True)
@@ -197,9 +198,7 @@ class Worker:
     async def _run(self, job: Job) -> None:
         published = await asyncio.to_thread(self._published_by, job)
         if published is not None:  # by an attempt that was ended before anybody wrote that down: not once more
-            await self._adopt(job, published)
-            self._forget(job.id)
-            await self._notify()
+            await self._ended(job, "succeeded", published)
             return
         self._current = job.id
         self._metrics.calibrations_running.set(1)
@@ -254,7 +253,6 @@ class Worker:
             log.warning("calibration_stderr", job=job_id, line=line.decode("utf-8", "replace").rstrip()[:2000])
 
     async def _finish(self, job: Job, last: dict[str, Any] | None, status: int | None) -> None:
-        self._progress.pop(job.id, None)
         if status == 0 and last is not None and last.get("event") == "result":
             state, outcome = "succeeded", {key: last[key] for key in ("guard", "version", "bundle_id", "report")}
         elif last is not None and last.get("event") == "problem":
@@ -262,12 +260,15 @@ class Worker:
         else:
             problem = child.without_a_word(status, LOG)
             state, outcome = "failed", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail}
-        if await self._end(job.id, "succeeded" if state == "succeeded" else "failed", outcome):
+        await self._ended(job, "succeeded" if state == "succeeded" else "failed", outcome, **(last or {}).get("process", {}))
+
+    async def _ended(self, job: Job, state: Literal["succeeded", "failed"], outcome: dict[str, Any], **process: Any) -> None:
+        """Write down how a job ended, where it was not cancelled meanwhile, and let go of it. process: what held it, for the log."""
+        self._progress.pop(job.id, None)
+        ended = await self._end(job.id, state, outcome)
+        if ended:
             self._metrics.calibrations.labels(state).inc()
-        else:
-            state = "cancelled"
-        code, process = outcome.get("code") if state == "failed" else None, (last or {}).get("process", {})
-        log.info("calibration_ended", job=job.id, state=state, code=code, **process)
+        log.info("calibration_ended", job=job.id, state=state if ended else "cancelled", code=outcome.get("code") if ended else None, **process)
         self._forget(job.id)
         self._child = self._current = None
         self._metrics.calibrations_running.set(0)
@@ -297,22 +298,17 @@ class Worker:
             child.tell(process, signal.SIGKILL)
         await process.wait()
 
-    def _published_by(self, job: Job) -> tuple[int, str] | None:
-        """The version a job published before its server could write that down."""
+    def _published_by(self, job: Job) -> dict[str, Any] | None:
+        """The result of a job that published a version before its server could write that down; not of one that is damaged: that is calibrated again."""
         guard = str(job.config.get("name"))
         for version in reversed(self._registry.versions(guard)):
-            with suppress(Problem):
-                bundle_id, _, record = bundle.describe(self._registry.folder(guard, version))
+            with suppress(Problem, OSError, ValueError):
+                folder = self._registry.folder(guard, version)
+                bundle_id, _, record = bundle.describe(folder)
                 if record.get("job") == job.id:
-                    return version, bundle_id
+                    report = json.loads((folder / "report.json").read_bytes())
+                    return {"guard": guard, "version": version, "bundle_id": bundle_id, "report": report}
         return None
-
-    async def _adopt(self, job: Job, published: tuple[int, str]) -> None:
-        version, bundle_id = published
-        guard = job.config["name"]
-        report = json.loads((self._registry.folder(guard, version) / "report.json").read_bytes())
-        with suppress(Conflict):  # cancelled meanwhile: as it was decided
-            await self._jobs.adopt(job.id, {"guard": guard, "version": version, "bundle_id": bundle_id, "report": report})
 
     def _forget(self, job_id: str) -> None:
         shutil.rmtree(self.uploads / job_id, ignore_errors=True)

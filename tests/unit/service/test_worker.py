@@ -17,7 +17,7 @@ from models.errors import CheckpointProblem
 from models.registry import Registry
 from service import worker as worker_module
 from service.errors import JobsUnavailable
-from service.jobs import ENDED, Job, Jobs
+from service.jobs import ENDED, Job, Jobs, State
 from service.metrics import Metrics
 from service.worker import Worker
 from tests.support import make_service, publish, serving
@@ -48,6 +48,19 @@ async def no_child(*_: Any) -> Any:
     raise OSError("no process could be started: too many open files")
 
 
+def unavailable(times: int) -> Callable[..., Awaitable[None]]:
+    """`Jobs._transition` of a database that cannot be used so many times."""
+    left, transition = [times], Jobs._transition
+
+    async def refusing(self: Jobs, *outcome: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise JobsUnavailable
+        await transition(self, *outcome)
+
+    return refusing
+
+
 def test_a_child_that_cannot_be_started_fails_its_job_and_not_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(worker: Worker, jobs: Jobs) -> None:
         monkeypatch.setattr(worker, "_spawn", no_child)
@@ -63,22 +76,15 @@ def test_a_child_that_cannot_be_started_fails_its_job_and_not_the_worker(tmp_pat
 
 
 def test_x21_the_end_of_a_job_is_written_down_as_soon_as_the_database_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusals, end, sleep = [2], Jobs.end, asyncio.sleep
-
-    async def unavailable_twice(self: Jobs, *outcome: Any) -> None:
-        refusals[0] -= 1
-        if refusals[0] >= 0:
-            raise JobsUnavailable
-        await end(self, *outcome)
+    sleep = asyncio.sleep
 
     async def test(worker: Worker, jobs: Jobs) -> None:
         monkeypatch.setattr(worker, "_spawn", no_child)
-        monkeypatch.setattr(Jobs, "end", unavailable_twice)
+        monkeypatch.setattr(Jobs, "_transition", unavailable(2))
         monkeypatch.setattr(asyncio, "sleep", lambda _: sleep(0))
         await worker.start()
         await jobs.add("a", {"name": "cifar"}, "digest", None)
         assert (await ended(worker, "a")).state == "failed"
-        assert refusals[0] < 0
 
     run(tmp_path, test)
 
@@ -128,6 +134,40 @@ def test_what_was_published_before_the_server_ended_is_not_published_again(tmp_p
         assert (job.state, (job.outcome or {})["version"]) == ("succeeded", 1)
         assert registry.versions("cifar") == [1]
         assert not (worker.uploads / "a").exists()
+
+    run(tmp_path, test)
+
+
+def test_x21_what_was_published_has_succeeded_though_the_database_cannot_be_used_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = asyncio.sleep
+
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_spawn", no_child)
+        monkeypatch.setattr(Jobs, "_transition", unavailable(2))
+        monkeypatch.setattr(asyncio, "sleep", lambda _: sleep(0))
+        publish(Registry(tmp_path / "guards"), job="a")
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        await worker.start()
+        assert (await ended(worker, "a")).state == "succeeded"
+
+    run(tmp_path, test)
+
+
+def test_x3_what_was_published_has_succeeded_though_the_server_ended_once_too_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And though the database cannot be used at the moment at which that is to be written down."""
+
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
+        publish(Registry(tmp_path / "guards"), job="a")
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        await jobs.claim()
+        await jobs.recover()
+        await jobs.claim()
+        monkeypatch.setattr(Jobs, "_transition", unavailable(1))
+        with pytest.raises(JobsUnavailable):
+            await worker.start()
+        await worker.start()
+        assert (await jobs.get("a")).state == "succeeded"
 
     run(tmp_path, test)
 
@@ -230,17 +270,18 @@ def test_an_upload_that_is_acknowledged_while_the_place_is_taken_keeps_its_files
         monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
         for name in ("uploaded", "left"):
             (worker.uploads / name).mkdir(parents=True)
-        recent = jobs.recent
+        in_state = jobs.in_state
 
-        async def late(most: int) -> list[Job]:
-            known = await recent(most)
-            await jobs.add("uploaded", {"name": "cifar"}, "digest", None)
-            holding.close()
+        async def late(*states: State) -> list[Job]:
+            known = await in_state(*states)
+            if "queued" in states:
+                await jobs.add("uploaded", {"name": "cifar"}, "digest", None)
+                holding.close()
             return known
 
         with ExitStack() as holding:
             holding.enter_context(claimed(worker.uploads / "uploaded"))
-            monkeypatch.setattr(jobs, "recent", late)
+            monkeypatch.setattr(jobs, "in_state", late)
             await worker.start()
         assert [folder.name for folder in worker.uploads.iterdir()] == ["uploaded"]
 
@@ -288,12 +329,18 @@ def test_a_published_version_whose_report_is_damaged_is_calibrated_again(tmp_pat
     registry = Registry(tmp_path / "guards")
     version = publish(registry, job="a")
     (registry.folder("cifar", version) / "report.json").write_text("{damaged")
+    started: list[str] = []
 
     async def test(worker: Worker, jobs: Jobs) -> None:
-        monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
+        async def spawn(action: str, *_: Any) -> Any:
+            started.append(action)
+            return await no_child()
+
+        monkeypatch.setattr(worker, "_spawn", spawn)
         await jobs.add("a", {"name": "cifar"}, "digest", None)
         await jobs.claim()
         await worker.start()
-        assert (await jobs.get("a")).state == "queued"
+        await ended(worker, "a")
+        assert started == ["calibrate"]
 
     run(tmp_path, test)

@@ -253,14 +253,21 @@ class Worker:
             log.warning("calibration_stderr", job=job_id, line=line.decode("utf-8", "replace").rstrip()[:2000])
 
     async def _finish(self, job: Job, last: dict[str, Any] | None, status: int | None) -> None:
+        published: dict[str, Any] | None = None
         if status == 0 and last is not None and last.get("event") == "result":
-            state, outcome = "succeeded", {key: last[key] for key in ("guard", "version", "bundle_id", "report")}
+            published = {key: last[key] for key in ("guard", "version", "bundle_id", "report")}
+        else:  # it may have ended between publishing and saying so
+            with suppress(OSError):
+                published = await asyncio.to_thread(self._published_by, job)
+        state: Literal["succeeded", "failed"] = "failed"
+        if published is not None:
+            state, outcome = "succeeded", published
         elif last is not None and last.get("event") == "problem":
-            state, outcome = "failed", {key: last[key] for key in ("status", "code", "title", "detail")}
+            outcome = {key: last[key] for key in ("status", "code", "title", "detail")}
         else:
             problem = child.without_a_word(status, LOG)
-            state, outcome = "failed", {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail}
-        await self._ended(job, "succeeded" if state == "succeeded" else "failed", outcome, **(last or {}).get("process", {}))
+            outcome = {"status": problem.status, "code": problem.code, "title": problem.title, "detail": problem.detail}
+        await self._ended(job, state, outcome, **(last or {}).get("process", {}))
 
     async def _ended(self, job: Job, state: Literal["succeeded", "failed"], outcome: dict[str, Any], **process: Any) -> None:
         """Write down how a job ended, where it was not cancelled meanwhile, and let go of it. process: what held it, for the log."""

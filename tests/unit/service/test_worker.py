@@ -325,6 +325,22 @@ def test_the_log_tells_what_held_a_calibration(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+@pytest.mark.parametrize("said", [None, {"event": "problem", "status": 507, "code": "storage_full", "title": "T", "detail": "D"}], ids=["nothing", "a problem"])
+def test_x3_a_job_whose_child_published_and_then_said(tmp_path: Path, said: dict[str, Any] | None) -> None:
+    """As where the kernel's out-of-memory killer came before its last word."""
+
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        job = await jobs.claim()
+        assert job is not None
+        publish(Registry(tmp_path / "guards"), job="a")
+        await worker._finish(job, said, -signal.SIGKILL)
+        found = await jobs.get("a")
+        assert (found.state, (found.outcome or {}).get("version")) == ("succeeded", 1)
+
+    run(tmp_path, test)
+
+
 def test_a_published_version_whose_report_is_damaged_is_calibrated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(tmp_path / "guards")
     version = publish(registry, job="a")

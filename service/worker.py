@@ -45,7 +45,8 @@ class Worker:
         self.uploads = data_dir / "uploads"
         self._progress: dict[str, dict[str, Any]] = {}
         self._child: asyncio.subprocess.Process | None = None
-        self._current: str | None = None
+        self._current: str | None = None  # the job that was claimed last, until it has ended
+        self._claiming: asyncio.Task[Job | None] | None = None
         self._moved = asyncio.Condition()
         self._asking = asyncio.Semaphore(2)
         self._released = False
@@ -89,11 +90,14 @@ class Worker:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        if self._claiming is not None:  # the database's thread may be at it
+            await asyncio.gather(self._claiming, return_exceptions=True)
         if self._current is not None:
             job_id = self._current
             await self._stop_child()
             with suppress(JobsUnavailable):
                 await self._jobs.requeue(job_id)
+            self._current = None
         if self._place is not None:
             os.close(self._place)
             self._place = None
@@ -176,7 +180,9 @@ class Worker:
                     await self._take_up()
                     taken_up = True
                 self._jobs.changed.clear()
-                job = await self._jobs.claim()
+                self._claiming = asyncio.get_running_loop().create_task(self._claim())
+                await asyncio.wait({self._claiming})  # it goes on where this is cancelled, so that `stop` knows what to put back
+                job = self._claiming.result()
             except JobsUnavailable:
                 await asyncio.sleep(1.0)
                 continue
@@ -195,12 +201,16 @@ class Worker:
                 await self._stop_child()
                 await self._finish(job, None, None)
 
+    async def _claim(self) -> Job | None:
+        job = await self._jobs.claim()
+        self._current = None if job is None else job.id
+        return job
+
     async def _run(self, job: Job) -> None:
         published = await asyncio.to_thread(self._published_by, job)
         if published is not None:  # by an attempt that was ended before anybody wrote that down: not once more
             await self._ended(job, "succeeded", published)
             return
-        self._current = job.id
         self._metrics.calibrations_running.set(1)
         log.info("calibration_started", job=job.id, attempt=job.attempts)
         self._child = await self._spawn("calibrate", self.uploads / job.id, job.config)

@@ -172,6 +172,39 @@ def test_x3_what_was_published_has_succeeded_though_the_server_ended_once_too_of
     run(tmp_path, test)
 
 
+@pytest.mark.parametrize("at", ["while it is claimed", "while its version is looked for"])
+def test_x19_a_job_loses_no_attempt_to_a_server_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    async def test(worker: Worker, jobs: Jobs) -> None:
+        claim, there, go = jobs.claim, asyncio.Event(), asyncio.Event()
+
+        async def pause() -> None:
+            there.set()
+            await go.wait()
+
+        async def claiming() -> Job | None:
+            job = await claim()
+            if at == "while it is claimed":
+                await pause()
+            return job
+
+        async def looking(*_: Any) -> None:
+            await pause()
+
+        monkeypatch.setattr(jobs, "claim", claiming)
+        monkeypatch.setattr(worker, "_run", looking)
+        await jobs.add("a", {"name": "cifar"}, "digest", None)
+        await worker.start()
+        await there.wait()
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.sleep(0)
+        go.set()
+        await stopping
+        job = await jobs.get("a")
+        assert (job.state, job.attempts) == ("queued", 0)
+
+    run(tmp_path, test)
+
+
 def test_the_names_of_very_many_classes_reach_the_child(tmp_path: Path) -> None:
     async def test(worker: Worker, jobs: Jobs) -> None:
         classes = [str(index) + "\N{CYRILLIC SMALL LETTER ZHE}" * 50 for index in range(600)]  # nearly the 64 KiB that a JSON body may have

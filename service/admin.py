@@ -175,7 +175,7 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         if job.state != "succeeded" or job.outcome is None:
             raise Conflict(f"There is a report when the calibration has succeeded; it is {job.state}.")
         if format == "json":
-            return JSONResponse(job.outcome["report"])
+            return JSONResponse(await admin.jobs.report(calibration))
         page = await asyncio.to_thread(_page, admin.engine.registry, job.outcome["guard"], job.outcome["version"])
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 

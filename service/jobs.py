@@ -55,6 +55,10 @@ CREATE TABLE IF NOT EXISTS jobs (
 """
 
 
+# All that a `Job` has. A report may have megabytes, which only who asks for it shall pay for.
+_JOBS = "SELECT id, state, config, created, started, ended, attempts, json_remove(outcome, '$.report') AS outcome, digest FROM jobs"
+
+
 class _Damaged(sqlite3.DatabaseError):
     """What SQLite itself does not refuse at once."""
 
@@ -63,7 +67,7 @@ class _Damaged(sqlite3.DatabaseError):
 
 @dataclass(frozen=True)
 class Job:
-    """A calibration job as the database has it. Times are Unix seconds."""
+    """A calibration job as the database has it; `outcome` is without the report. Times are Unix seconds."""
 
     id: str
     state: State
@@ -105,7 +109,7 @@ class Jobs:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 if key is not None:
-                    known = connection.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+                    known = connection.execute(f"{_JOBS} WHERE idempotency_key = ?", (key,)).fetchone()
                     if known is not None:
                         if known["digest"] != digest:
                             raise IdempotencyConflict
@@ -128,23 +132,34 @@ class Jobs:
         """Raises NotFound."""
 
         def get(connection: sqlite3.Connection) -> Job:
-            row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            row = connection.execute(f"{_JOBS} WHERE id = ?", (job_id,)).fetchone()
             if row is None:
                 raise NotFound("There is no such calibration.")
             return _job(row)
 
         return await self._do(get)
 
+    async def report(self, job_id: str) -> Any:
+        """What the calibration reported, where it has succeeded. Raises NotFound."""
+
+        def report(connection: sqlite3.Connection) -> Any:
+            row = connection.execute("SELECT outcome FROM jobs WHERE id = ? AND state = 'succeeded'", (job_id,)).fetchone()
+            if row is None:
+                raise NotFound("There is no such report.")
+            return json.loads(row["outcome"])["report"]
+
+        return await self._do(report)
+
     async def recent(self, most: int) -> list[Job]:
         """The newest jobs, newest first."""
-        return await self._do(lambda connection: [_job(row) for row in connection.execute("SELECT * FROM jobs ORDER BY sequence DESC LIMIT ?", (most,))])
+        return await self._do(lambda connection: [_job(row) for row in connection.execute(f"{_JOBS} ORDER BY sequence DESC LIMIT ?", (most,))])
 
     async def in_state(self, *states: State) -> list[Job]:
         """All jobs in one of these states, oldest first."""
 
         def found(connection: sqlite3.Connection) -> list[Job]:
             marks = ", ".join("?" * len(states))
-            return [_job(row) for row in connection.execute(f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY sequence", states)]  # noqa: S608 - marks
+            return [_job(row) for row in connection.execute(f"{_JOBS} WHERE state IN ({marks}) ORDER BY sequence", states)]
 
         return await self._do(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,23 @@ def test_the_oldest_is_claimed_first_and_the_newest_listed_first(jobs: Jobs, do:
     assert [job.id for job in do(jobs.recent(2))] == ["c", "a"]
     assert [do(jobs.claim()).id for _ in range(3)] == ["b", "a", "c"]
     assert do(jobs.claim()) is None
+
+
+def test_a_report_is_read_for_whom_asks_for_it_and_for_nobody_else(jobs: Jobs, do: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    do(jobs.add("a", CONFIG, "digest", "key"))
+    do(jobs.claim())
+    report = {"figures": ["a figure"] * 100}
+    do(jobs.end("a", "succeeded", {"guard": "cifar", "version": 1, "report": report}))
+    read, loads = list[int](), json.loads
+    monkeypatch.setattr(json, "loads", lambda text: read.append(len(text)) or loads(text))
+    for job in (do(jobs.get("a")), *do(jobs.recent(10)), *do(jobs.in_state("succeeded")), do(jobs.add("b", CONFIG, "digest", "key"))):
+        assert job.outcome == {"guard": "cifar", "version": 1}
+    assert max(read) < 100
+    assert do(jobs.report("a")) == report
+    do(jobs.add("c", CONFIG, "digest", None))
+    for other in ("c", "x"):
+        with pytest.raises(NotFound):
+            do(jobs.report(other))
 
 
 def test_a_new_job_wakes_the_worker(jobs: Jobs, do: Callable[[Any], Any]) -> None:

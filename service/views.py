@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from models import bundle
-from models.errors import BundleNotReady, Problem
+from models.errors import BundleNotReady, NotFound, Problem
 from models.registry import GuardState
 from service.engine import Engine, LiveGuard
 
@@ -66,7 +66,11 @@ class GuardViews:
     engine: Engine
 
     def all(self) -> list[GuardView]:
-        return [self.one(name) for name in self.engine.registry.guards()]
+        views = []
+        for name in self.engine.registry.guards():
+            with suppress(NotFound):  # its last version was deleted meanwhile
+                views.append(self.one(name))
+        return views
 
     def one(self, guard: str) -> GuardView:
         """Raises NotFound."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,20 +27,23 @@ def storage_errors() -> Iterator[None]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` under `path`, replacing what is there, atomically and durably; mode 0644 under the umask."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    """Write `data` under `path`, replacing what is there, atomically and durably; mode 0644 under the umask. What fails leaves what was there."""
+    partial, former = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "former"))
     with storage_errors():
         try:
             with open(partial, "xb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            new = not path.exists()
+            with suppress(OSError):  # nothing is there, or the file system has no second names: then what was there cannot be put back
+                os.link(path, former)
             os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-        sync_folder(path.parent)
+            sync_folder(path.parent, path.unlink if new else lambda: os.replace(former, path))
+        finally:
+            for left in (partial, former):
+                with suppress(OSError):
+                    left.unlink()
 
 
 def sync_files(folder: Path) -> None:
@@ -56,8 +59,18 @@ def sync_files(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+def sync_folder(path: Path, undo: Callable[[], object] = lambda: None) -> None:
+    """Make the names in a folder durable. undo: takes back what was done to them, since a change that failed must not come into force with a restart."""
+    try:
+        _sync_folder(path)
+    except OSError:
+        with suppress(OSError):
+            undo()
+            _sync_folder(path)
+        raise
+
+
+def _sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

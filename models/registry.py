@@ -91,7 +91,7 @@ class Registry:
         with storage_errors():
             if not home.is_dir():
                 home.mkdir(exist_ok=True)
-                sync_folder(self.root)
+                sync_folder(self.root, home.rmdir)
             with self._locked(guard):
                 state = self._readable_state(guard)
                 version = self._highest(guard, state or GuardState()) + 1
@@ -99,7 +99,7 @@ class Registry:
                     self._write(guard, replace(state, highest=version))
                 os.chmod(staged, 0o755)  # noqa: S103 - mkdtemp's 0700 would keep a server under another user out
                 os.rename(staged, home / str(version))
-                sync_folder(home)
+                sync_folder(home, lambda: os.rename(home / str(version), staged))
         return version
 
     def state(self, guard: str) -> GuardState:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -227,3 +228,37 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_pat
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize(("call", "nth"), [("activate", 1), ("configure", 1), ("deactivate", 1), ("publish", 1), ("publish", 2), ("publish first", 1)])
+def test_x6_what_fails_because_a_folder_cannot_be_flushed_does_not_come_into_force_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int
+) -> None:
+    registry = Registry(tmp_path)
+    registry.activate("cars", publish(registry))
+    publish(registry)
+    calls: dict[str, Callable[[], object]] = {
+        "activate": lambda: registry.activate("cars", 2),
+        "configure": lambda: registry.configure("cars", mode="shadow"),
+        "deactivate": lambda: registry.deactivate("cars"),
+        "publish": lambda: publish(registry),
+        "publish first": lambda: publish(registry, "boats"),
+    }
+    fsync, folders = os.fsync, list[int]()
+
+    def failing(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            folders.append(handle)
+            if len(folders) >= nth:
+                raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        calls[call]()
+    monkeypatch.undo()
+    again = Registry(tmp_path)
+    assert again.state("cars") == GuardState(1)
+    assert again.versions("cars") == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".staging", "cars"]
+    assert sorted(path.name for path in (tmp_path / "cars").iterdir()) == [".lock", "1", "2", "state.json"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibration.augment import augment
-from calibration.finetune import Advance, LabelledPixels, accuracy, batches, generator, training_step
+from calibration.finetune import Advance, LabelledPixels, accuracy, batches, drawing, generator, training_step
 from models.preprocessing import Preprocessing
 
 TRIGGERS = {
@@ -142,20 +142,21 @@ def plant(
     pools = [trigger.eligible(fit.labels).nonzero().squeeze(1) for trigger in triggers]
     covers = [(~trigger.eligible(fit.labels)).nonzero().squeeze(1) if trigger.source is not None else None for trigger in triggers]
     done, each = 0, max(1, round(rate * batch))
-    for _ in range(epochs):
-        for rows in batches(len(fit), batch, source, device):
-            pixels, labels = [augment(fit.pixels[rows], source)], [fit.labels[rows]]
-            for trigger, pool, cover in zip(triggers, pools, covers, strict=True):
-                for origin, target in ((pool, trigger.target), (cover, None)):
-                    if origin is None or not len(origin):  # a clean set may lack classes
-                        continue
-                    chosen = origin[torch.randint(len(origin), (each,), generator=source).to(device)]
-                    pixels.append(trigger(augment(fit.pixels[chosen], source)))
-                    labels.append(fit.labels[chosen] if target is None else torch.full_like(fit.labels[chosen], target))
-            training_step(network, optimizer, torch.cat(pixels), torch.cat(labels), preprocessing)
-            schedule.step()
-            done += 1
-        advance(done / steps)
+    with drawing(device, seed, "plant"):
+        for _ in range(epochs):
+            for rows in batches(len(fit), batch, source, device):
+                pixels, labels = [augment(fit.pixels[rows], source)], [fit.labels[rows]]
+                for trigger, pool, cover in zip(triggers, pools, covers, strict=True):
+                    for origin, target in ((pool, trigger.target), (cover, None)):
+                        if origin is None or not len(origin):  # a clean set may lack classes
+                            continue
+                        chosen = origin[torch.randint(len(origin), (each,), generator=source).to(device)]
+                        pixels.append(trigger(augment(fit.pixels[chosen], source)))
+                        labels.append(fit.labels[chosen] if target is None else torch.full_like(fit.labels[chosen], target))
+                training_step(network, optimizer, torch.cat(pixels), torch.cat(labels), preprocessing)
+                schedule.step()
+                done += 1
+            advance(done / steps)
     network.eval()
     asr = []
     for trigger in triggers:

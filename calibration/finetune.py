@@ -1,6 +1,7 @@
 """Make backdoor experts and auxiliary models out of a suspect (BaDExpert, ICLR 2024, section 3).
 
-Pixels are uint8 [N, 3, size, size] and labels int64 [N], both on the training device; nothing here draws from a global random state.
+Pixels are uint8 [N, 3, size, size] and labels int64 [N], both on the training device. What is drawn here comes from generators of its own; what a network
+draws by itself, from global ones that each training finds as its seed decides and leaves as they were.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,14 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     """A stream of random numbers of its own for each purpose, the same on every device and in every order of calls."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def drawing(device: torch.device, seed: int, *purpose: object) -> Iterator[None]:
+    """Dropout and stochastic depth take torch's global generators, which are here in a state of this purpose's own, whatever ran before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(generator(seed, "dropout", *purpose).initial_seed())
+        yield
 
 
 def precision(device: torch.device) -> AbstractContextManager[None]:
@@ -97,9 +106,10 @@ def train_expert(
     source, device = generator(seed, "expert"), fit.labels.device
     optimizer = torch.optim.Adam(expert.parameters(), lr)
     steps, losses = max(1, -(-len(fit) // batch)), []
-    for step, rows in enumerate(batches(len(fit), batch, source, device), start=1):
-        losses.append(training_step(expert, optimizer, augment(fit.pixels[rows], source), wrong.to(device)[fit.labels[rows]], preprocessing))
-        advance(step / steps)
+    with drawing(device, seed, "expert"):
+        for step, rows in enumerate(batches(len(fit), batch, source, device), start=1):
+            losses.append(training_step(expert, optimizer, augment(fit.pixels[rows], source), wrong.to(device)[fit.labels[rows]], preprocessing))
+            advance(step / steps)
     return expert.eval(), Curve(tuple(range(1, len(losses) + 1)), (), tuple(losses))
 
 
@@ -135,24 +145,25 @@ def train_tails(
     history: list[list[tuple[int, float, float]]] = [[] for _ in tails]
     losses: list[list[float]] = [[] for _ in tails]
     running, step = set(range(count)), 0
-    while running and step < max_steps:
-        for rows in batches(len(fit), batch, source, device):
-            step += 1
-            with torch.no_grad(), precision(device):
-                features = trunk(preprocessing.normalise(augment(fit.pixels[rows], source)))
-            for index in sorted(running):
-                losses[index].append(training_step(tails[index].train(), optimizers[index], features, maps[index][fit.labels[rows]], None))
-            if step % check_every == 0:
+    with drawing(device, seed, "tails"):
+        while running and step < max_steps:
+            for rows in batches(len(fit), batch, source, device):
+                step += 1
+                with torch.no_grad(), precision(device):
+                    features = trunk(preprocessing.normalise(augment(fit.pixels[rows], source)))
                 for index in sorted(running):
-                    with torch.inference_mode():
-                        right = (tails[index].eval()(held_features).argmax(1) == held_back.labels).float().mean().item()
-                    history[index].append((step, right, sum(losses[index]) / len(losses[index])))
-                    losses[index].clear()
-                    if right <= stop_at:
-                        running.discard(index)
-            advance(max(step / max_steps, 1 - len(running) / count))
-            if not running or step >= max_steps:
-                break
+                    losses[index].append(training_step(tails[index].train(), optimizers[index], features, maps[index][fit.labels[rows]], None))
+                if step % check_every == 0:
+                    for index in sorted(running):
+                        with torch.inference_mode():
+                            right = (tails[index].eval()(held_features).argmax(1) == held_back.labels).float().mean().item()
+                        history[index].append((step, right, sum(losses[index]) / len(losses[index])))
+                        losses[index].clear()
+                        if right <= stop_at:
+                            running.discard(index)
+                advance(max(step / max_steps, 1 - len(running) / count))
+                if not running or step >= max_steps:
+                    break
     return [tail.eval() for tail in tails], [Curve(*zip(*entries, strict=True)) if entries else Curve((), (), ()) for entries in history]
 
 
@@ -180,18 +191,19 @@ def train_auxiliary(
     optimizer = torch.optim.SGD(auxiliary.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(steps_at), decay)
     right, losses = [], []
-    for epoch in range(epochs):
-        auxiliary.train()
-        epoch_losses = []
-        for rows in batches(len(fit), batch, source, device):
-            epoch_losses.append(training_step(auxiliary, optimizer, augment(fit.pixels[rows], source), fit.labels[rows], preprocessing))
-        schedule.step()
-        losses.append(sum(epoch_losses) / max(1, len(epoch_losses)))
-        if held_back is not None:
-            right.append(accuracy(auxiliary.eval(), held_back, preprocessing))
-            if epoch + 1 == max(steps_at, default=epochs) and right[-1] < hopeless:
-                break
-        advance((epoch + 1) / epochs)
+    with drawing(device, seed, "auxiliary", lr):
+        for epoch in range(epochs):
+            auxiliary.train()
+            epoch_losses = []
+            for rows in batches(len(fit), batch, source, device):
+                epoch_losses.append(training_step(auxiliary, optimizer, augment(fit.pixels[rows], source), fit.labels[rows], preprocessing))
+            schedule.step()
+            losses.append(sum(epoch_losses) / max(1, len(epoch_losses)))
+            if held_back is not None:
+                right.append(accuracy(auxiliary.eval(), held_back, preprocessing))
+                if epoch + 1 == max(steps_at, default=epochs) and right[-1] < hopeless:
+                    break
+            advance((epoch + 1) / epochs)
     return auxiliary.eval(), Curve(tuple(range(1, len(losses) + 1)), tuple(right), tuple(losses))
 
 

@@ -24,6 +24,7 @@ from models import bundle
 from models.durable import write_file
 
 KEPT_SECONDS = 7 * 24 * 3600.0  # until what nobody went on with is given up
+HOW = 2  # stages are made, and kept: raised where either changes, so that what an earlier release kept is made anew
 Made = tuple[list[nn.Module], dict[str, Any]]  # networks, and what is to be known of how they were made, as JSON has it
 
 
@@ -84,7 +85,7 @@ def fingerprint(values: Iterable[Any], tensors: Iterable[Tensor]) -> str:
 
     The bundles' schema is part of it: canaries chose by the score of their day.
     """
-    digest = hashlib.sha256(json.dumps([torch.__version__, bundle.SCHEMA, *values], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([torch.__version__, bundle.SCHEMA, HOW, *values], sort_keys=True, default=str).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

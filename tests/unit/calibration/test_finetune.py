@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 from calibration.augment import crop_flip, resized_crop_flip
+from calibration.canary import plant
 from calibration.finetune import LabelledPixels, accuracy, batches, derangement, generator, shift, train_auxiliary, train_expert, train_tails
 from models import architectures
 from models.preprocessing import Preprocessing
@@ -111,6 +115,36 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
     torch.rand(5)  # the global random state must not matter
     assert all(torch.equal(a, b) for a, b in zip(tails(3), tails(3), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(tails(3), tails(4), strict=True))
+
+
+DROPPING = nn.Sequential(nn.Conv2d(3, 4, 3, 4), StochasticDepth(0.5, "row"), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 4)).eval()
+
+
+def dropping_tails(cut: str | None, data: LabelledPixels) -> list[nn.Module]:
+    return train_tails(DROPPING, cut, 2, data, data, 4, PLAIN, lr=1e-3, batch=16, stop_at=0.0, max_steps=5, seed=0, advance=lambda _: None)[0]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda data: [train_expert(DROPPING, data, shift(4), PLAIN, lr=1e-3, batch=16, seed=0, advance=lambda _: None)[0]],
+        partial(dropping_tails, None),
+        partial(dropping_tails, "_2"),
+        lambda data: [train_auxiliary(DROPPING, data, data, PLAIN, lr=0.01, batch=16, epochs=1, steps_at=(), decay=1, seed=0, advance=lambda _: None)[0]],
+        lambda data: [plant(DROPPING, [], data, data, PLAIN, lr=0.01, batch=16, epochs=1, rate=0.1, seed=0, advance=lambda _: None).network],
+    ],
+    ids=["expert", "whole tails", "tails", "auxiliary", "canaries"],
+)
+def test_what_a_network_drops_at_random_is_the_same_whatever_ran_before(train: Callable[[LabelledPixels], list[nn.Module]]) -> None:
+    """Dropout and stochastic depth draw from torch's global generator, which nobody else finds moved."""
+    _, data = material()
+    made = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        made.append([value for network in train(data) for value in network.state_dict().values()])
+        assert torch.get_rng_state().equal(before)
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 def test_who_answers_no_numbers_is_never_right() -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from calibration import presets
 from calibration.config import CalibrationConfig, Preset
 from calibration.finetune import LabelledPixels
 from calibration.material import Material
-from calibration.progress import Tracker
+from calibration.progress import Progress, Tracker
 from calibration.recipes import AutoRecipe, PaperRecipe, auto_recipe
 from calibration.resume import Resume
 from calibration.split import Parts
@@ -23,12 +25,12 @@ from models.preprocessing import Preprocessing
 from tests.support import thin_resnet
 
 
-def material(held_back: bool) -> Material:
-    """A thin network with random weights, and images whose class is their brightness."""
+def material(held_back: bool, network: nn.Module | None = None) -> Material:
+    """A network, by default a thin one with random weights, and images whose class is their brightness."""
     torch.manual_seed(0)
     labels = torch.arange(128) % 4
     data = LabelledPixels((labels[:, None, None, None] * 60 + torch.randint(0, 40, (128, 3, 32, 32))).to(torch.uint8), labels)
-    suspect = SimpleNamespace(network=thin_resnet(8, 4).eval(), num_classes=4, architecture=SimpleNamespace(short_name="resnet8"))
+    suspect = SimpleNamespace(network=(network or thin_resnet(8, 4)).eval(), num_classes=4, architecture=SimpleNamespace(short_name="resnet8"))
     understood: Any = SimpleNamespace(suspect=suspect, preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
     parts = Parts(np.arange(128), np.arange(0), np.arange(128))
     return Material(understood, data, data if held_back else None, data, parts, torch.device("cpu"))
@@ -69,3 +71,31 @@ def test_the_auxiliary_is_asked_about_three_times_as_many_clean_images_as_may_be
     assert given.held_back is not None
     reached = (~guard.judge(given.held_back.pixels).auxiliary.isnan()).double().mean().item()
     assert reached == pytest.approx(asked, abs=1.5 / len(given.held_back))
+
+
+def test_a_network_with_dropout_comes_out_the_same_where_training_was_stopped_in_between(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(presets, "auto_recipe", lambda _: replace(AutoRecipe(), expert_steps=5, auxiliary_epochs=1))
+
+    def given(state: int) -> Material:
+        torch.manual_seed(0)
+        body = (nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(392, 32), nn.ReLU())
+        made = material(held_back=True, network=nn.Sequential(*body, nn.Dropout(0.5), nn.Linear(32, 4)))
+        torch.manual_seed(state)
+        return made
+
+    config = CalibrationConfig(name="g", budget="quick")
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "auxiliary":
+            raise KeyboardInterrupt
+
+    def weights(trained: presets.Trained) -> list[torch.Tensor]:
+        return list(trained.make_guard().state_dict().values())
+
+    at_once = weights(train("auto", given(1)))
+    with pytest.raises(KeyboardInterrupt):
+        presets.train(config, given(1), Tracker(stop), Resume(tmp_path, "a"))
+    resume = Resume(tmp_path, "a")
+    in_parts = weights(presets.train(config, given(2), Tracker(lambda _: None), resume))
+    assert resume.taken == ["expert"]
+    assert all(torch.equal(a, b) for a, b in zip(at_once, in_parts, strict=True))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
+from calibration import resume
 from calibration.resume import Made, Resume, fingerprint
 from models import bundle
 
@@ -86,16 +88,17 @@ def test_a_network_of_another_shape_is_made_again(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    resume = Resume(None, "")
-    resume.networks("expert", blank, make)
+    nowhere = Resume(None, "")
+    nowhere.networks("expert", blank, make)
     with pytest.raises(AssertionError, match="made again"):
-        resume.networks("expert", blank, never)
-    resume.done()
+        nowhere.networks("expert", blank, never)
+    nowhere.done()
 
 
-def test_what_was_kept_before_the_score_changed_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(bundle, "SCHEMA"), (resume, "HOW")])
+def test_what_was_kept_before_the_score_or_the_training_changed_is_not_taken(monkeypatch: pytest.MonkeyPatch, owner: ModuleType, name: str) -> None:
     before = fingerprint(["auto"], [])
-    monkeypatch.setattr(bundle, "SCHEMA", bundle.SCHEMA + 1)
+    monkeypatch.setattr(owner, name, getattr(owner, name) + 1)
     assert fingerprint(["auto"], []) != before
 
 

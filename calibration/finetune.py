@@ -84,6 +84,13 @@ def accuracy(network: Callable[[Tensor], Tensor], data: LabelledPixels, preproce
     return sum(int(_right(network(preprocessing.normalise(pixels)), labels).sum()) for pixels, labels in parts) / len(data)
 
 
+@torch.inference_mode()
+def _share_right(tail: nn.Module, features: Tensor, labels: Tensor) -> float:
+    """The same of a tail (in eval mode), on trunk features [N, ...]; a float32."""
+    parts = zip(features.split(256), labels.split(256), strict=True)
+    return torch.cat([_right(tail(part), wanted) for part, wanted in parts]).float().mean().item()
+
+
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
@@ -155,8 +162,7 @@ def train_tails(
                     losses[index].append(training_step(tails[index].train(), optimizers[index], features, maps[index][fit.labels[rows]], None))
                 if step % check_every == 0:
                     for index in sorted(running):
-                        with torch.inference_mode():
-                            right = (tails[index].eval()(held_features).argmax(1) == held_back.labels).float().mean().item()
+                        right = _share_right(tails[index].eval(), held_features, held_back.labels)
                         history[index].append((step, right, sum(losses[index]) / len(losses[index])))
                         losses[index].clear()
                         if right <= stop_at:

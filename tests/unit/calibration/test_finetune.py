@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from calibration import finetune
 from calibration.augment import crop_flip, resized_crop_flip
 from calibration.canary import plant
 from calibration.finetune import LabelledPixels, accuracy, batches, derangement, generator, shift, train_auxiliary, train_expert, train_tails
 from models import architectures
 from models.preprocessing import Preprocessing
-from models.trunk import choose_cut
+from models.trunk import choose_cut, tail_copy
 
 CPU = torch.device("cpu")
 PLAIN = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -102,6 +103,21 @@ def test_tails_stop_when_they_have_forgotten_the_task() -> None:
     for curve in curves:
         assert curve.accuracy[-1] <= 0.2
         assert all(value > 0.2 for value in curve.accuracy[:-1])
+
+
+def test_a_large_held_back_part_goes_through_a_tail_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    suspect, data = material(600)
+    sizes: list[int] = []
+
+    def watched(network: nn.Module, cut: str | None) -> nn.Module:
+        tail = tail_copy(network, cut)
+        tail.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        return tail
+
+    monkeypatch.setattr(finetune, "tail_copy", watched)
+    (tail,), (curve,) = train_tails(suspect, None, 1, data, data, 4, PLAIN, lr=1e-4, batch=16, stop_at=0.0, max_steps=5, seed=0, advance=lambda _: None)
+    assert sizes == [16] * 5 + [256, 256, 88]
+    assert curve.accuracy == pytest.approx((accuracy(tail, data, PLAIN),))
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:

@@ -101,7 +101,7 @@ def _train_auto(config: CalibrationConfig, material: Material, held_back: Labell
             return [auxiliary], {"curve": asdict(curve), "lr": lr}
 
         (auxiliary,), known = resume.networks("auxiliary", lambda: [copy.deepcopy(network)], make_auxiliary)
-    found = {"expert_stop": setting.expert_stop, "expert_lr": expert_known["lr"], "auxiliary_lr": known["lr"]}
+    found = {"expert_stop": workshop.stop_at(network, setting.expert_stop), "expert_lr": expert_known["lr"], "auxiliary_lr": known["lr"]}
     where = {"cuts": None if cuts is None else asdict(cuts), "tail_share_found": round(share, 4)}
     curves = [_curve(each) for each in expert_known["curves"]]
     make_guard = partial(workshop.guard, network, tails, auxiliary)

@@ -41,7 +41,8 @@ class AutoRecipe:
     asked: float = 0.03  # least share of clean images that the cheap evidence finds suspicious enough to ask the auxiliary
     experts: int = 2  # one random derangement is a gamble, the geometric mean of two is less of one; a third catches 0.4 points more at most (decision 1)
     expert_lrs: tuple[float, ...] = (3e-4, 1e-4, 3e-5)  # the first that does not diverge
-    expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this
+    expert_stop: float = 0.2  # stop an expert when its held-back clean accuracy has fallen to this ...
+    expert_forgets: float = 0.2  # ... and not before it has lost so much, or half of what there was: who knew little has forgotten nothing at 0.2
     expert_batch: int = 128
     expert_steps: int = 600  # give up then: some suspects forget slowly
     auxiliary_lr: float = 0.1  # where to begin, unless canaries say otherwise

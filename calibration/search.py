@@ -33,7 +33,7 @@ HOTTEST: dict[Budget, tuple[float, ...]] = {"quick": (), "standard": (0.1, 0.03)
 class Setting:
     """What is searched."""
 
-    expert_stop: float  # the held-back accuracy at which an expert is stopped
+    expert_stop: float  # the held-back accuracy at which an expert is stopped, or less (`Workshop.stop_at`)
     auxiliary_lr: float  # the hottest that may be taken
 
 

@@ -30,8 +30,14 @@ class Workshop:
     def cut(self) -> str | None:
         return None if self.cuts is None else self.cuts.experts
 
-    def experts(self, network: nn.Module, stop: float, advance: Advance) -> tuple[list[nn.Module], list[Curve], float]:
-        """Experts that were stopped at a held-back accuracy of `stop`, with their curves and the learning rate. Raises TrainingDiverged."""
+    def stop_at(self, network: nn.Module, setting: float) -> float:
+        """The held-back accuracy at which experts of `network` are stopped: the setting, or less where the network itself gets hardly more right."""
+        right = accuracy(network.eval(), self.held_back, self.material.preprocessing)
+        return min(setting, right - min(self.recipe.expert_forgets, right / 2))
+
+    def experts(self, network: nn.Module, setting: float, advance: Advance) -> tuple[list[nn.Module], list[Curve], float]:
+        """Experts that were stopped as `stop_at` says, with their curves and the learning rate. Raises TrainingDiverged."""
+        stop = self.stop_at(network, setting)
         for lr in self.recipe.expert_lrs:
             tails, curves = train_tails(
                 network,

@@ -14,12 +14,13 @@ from torch import nn
 
 from calibration import presets
 from calibration.config import CalibrationConfig, Preset
-from calibration.finetune import LabelledPixels
+from calibration.finetune import LabelledPixels, accuracy
 from calibration.material import Material
 from calibration.progress import Progress, Tracker
 from calibration.recipes import AutoRecipe, PaperRecipe, auto_recipe
 from calibration.resume import Resume
 from calibration.split import Parts
+from calibration.workshop import Workshop
 from models.errors import TrainingDiverged
 from models.preprocessing import Preprocessing
 from tests.support import thin_resnet
@@ -99,3 +100,27 @@ def test_a_network_with_dropout_comes_out_the_same_where_training_was_stopped_in
     in_parts = weights(presets.train(config, given(2), Tracker(lambda _: None), resume))
     assert resume.taken == ["expert"]
     assert all(torch.equal(a, b) for a, b in zip(at_once, in_parts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("right", "setting", "stop"), [(84, 0.2, 0.2), (84, 0.4, 0.4), (60, 0.4, 0.4), (40, 0.2, 0.2), (50, 0.4, 0.3), (30, 0.2, 0.15), (10, 0.2, 0.05)]
+)
+def test_an_expert_of_a_suspect_that_gets_little_right_has_to_forget_half_of_it(right: int, setting: float, stop: float) -> None:
+    labels = torch.tensor([0] * right + [1] * (100 - right))
+    data = LabelledPixels(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), labels)
+    zero = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    zero[1].weight.data.zero_()
+    zero[1].bias.data.copy_(torch.tensor([1.0, 0.0]))
+    given = replace(material(held_back=True, network=zero), fit=data, held_back=data)
+    assert Workshop(AutoRecipe(), given, data, None, 0).stop_at(zero, setting) == pytest.approx(stop)
+
+
+def test_the_report_says_where_the_experts_of_a_weak_suspect_were_stopped() -> None:
+    """One that gets 25% of four classes right; at the default of 20% its experts would have ended at their first look, with the task as it was."""
+    given = material(held_back=True)
+    trained = train("auto", given)
+    assert given.held_back is not None
+    suspect = accuracy(given.network, given.held_back, given.preprocessing)
+    assert 0.2 < suspect <= 0.3
+    assert trained.settings["expert_stop"] == suspect / 2
+    assert all(curve.accuracy[-1] <= suspect / 2 < 0.2 for curve in trained.expert_curves)

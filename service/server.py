@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
 import signal
@@ -21,10 +20,12 @@ from models import architectures
 from models.device import find_device
 from models.errors import Problem
 from models.registry import Registry
+from service import logs
 from service.app import Service
 from service.engine import Engine
 from service.jobs import Jobs
 from service.listener import AT_ONCE, Listener
+from service.logs import Log
 from service.metrics import Metrics
 from service.priority import step_back
 from service.protocol import ProtocolLimits, make_protocol
@@ -34,6 +35,7 @@ from service.settings import Settings
 # 5 ms are longer than the judging of an image.
 SWITCH_SECONDS = 0.0003
 LEAVE_SECONDS = 1.8  # after the drain's time the process is left, whatever still runs in it
+FLUSH_SECONDS, LAST_FLUSH_SECONDS = 1.0, 0.1  # for what is still to be written to the log, at a usual end and when the process is left
 TICK_SECONDS = 1.0  # between two settings of the Date that answers carry
 log = structlog.get_logger()
 
@@ -44,7 +46,14 @@ class CannotStart(Exception):
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises CannotStart."""
-    _configure_logging()
+    log_lines = logs.configure()
+    try:
+        _serve(settings, log_lines)
+    finally:
+        log_lines.flush(FLUSH_SECONDS)
+
+
+def _serve(settings: Settings, log_lines: Log) -> None:
     _admit(settings)
     device = _device(settings)
     registry, jobs = _data(settings)
@@ -68,7 +77,7 @@ def serve(settings: Settings) -> None:
         backlog=AT_ONCE,  # how long the queue is, the listener decides
     )
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
-    server = _Server(config, service, f"Serving on {address} (device {device.type}, data in {settings.data_dir}{_openness(settings)})")
+    server = _Server(config, service, log_lines, f"Serving on {address} (device {device.type}, data in {settings.data_dir}{_openness(settings)})")
     try:
         asyncio.run(server.serve([listener]))
     except SystemExit as error:  # uvicorn's way to say that the app did not start
@@ -78,16 +87,16 @@ def serve(settings: Settings) -> None:
 class _Server(uvicorn.Server):
     """uvicorn's server, but a signal begins the drain at once and is not raised again after it: a clean end is exit status 0."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, announcement: str) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, log_lines: Log, announcement: str) -> None:
         super().__init__(config)
-        self._service, self._announcement = service, announcement
+        self._service, self._log_lines, self._announcement = service, log_lines, announcement
         self._last: threading.Timer | None = None
         self._signalled = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         step_back()
-        _log_as_json()  # whatever was imported for the bundles, too
+        logs.adopt()  # whatever was imported for the bundles, too
         print(self._announcement, flush=True)  # noqa: T201 - what a person waits for
 
     async def main_loop(self) -> None:
@@ -113,47 +122,16 @@ class _Server(uvicorn.Server):
         self._signalled.set()
         if self._last is None:
             # The interpreter would wait for its threads, and one that waits for the device may never end.
-            self._last = threading.Timer(self._service.settings.drain_seconds + LEAVE_SECONDS, _leave)
+            self._last = threading.Timer(self._service.settings.drain_seconds + LEAVE_SECONDS, _leave, [self._log_lines])
             self._last.daemon = True
             self._last.start()
 
 
-def _leave() -> None:
+def _leave(log_lines: Log) -> None:
     running = sorted(thread.name for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread())
     log.error("threads_left", threads=running, detail="The time for the drain is over; what these threads wait for does not come.")
+    log_lines.flush(LAST_FLUSH_SECONDS)
     os._exit(0)
-
-
-def _configure_logging() -> None:
-    """One JSON object a line on standard error, whatever Python's libraries log or warn of included."""
-    common: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
-    # A line in one write, or that of another thread could come between it and its end.
-    structlog.configure(processors=[*common, structlog.processors.JSONRenderer()], logger_factory=structlog.WriteLoggerFactory(sys.stderr))
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.add_logger_name, structlog.processors.StackInfoRenderer(), *common],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()],
-        )
-    )
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.captureWarnings(True)
-    _log_as_json()
-
-
-def _log_as_json() -> None:
-    """Libraries such as torch bring handlers that write lines of their own to standard error: what they log goes the one way of all."""
-    for logger in list(logging.root.manager.loggerDict.values()):
-        for handler in list(getattr(logger, "handlers", ())):
-            if isinstance(logger, logging.Logger) and getattr(handler, "stream", None) is sys.stderr:
-                logger.removeHandler(handler)
-                logger.propagate = True
 
 
 def _openness(settings: Settings) -> str:

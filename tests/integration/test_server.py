@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -31,11 +31,11 @@ PNG = {"Content-Type": "image/png"}
 
 
 @contextmanager
-def server(data_dir: Path, *options: str, **environment: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+def server(data_dir: Path, *options: str, stderr: int | None = None, **environment: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     """`badexpert serve` on a free port; ends it with SIGTERM and demands exit status 0."""
     command = [sys.executable, "-m", "service", "serve", "--data-dir", str(data_dir), "--port", "0", "--device", "cpu", *options]
     env = {**{name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}, **environment}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"http://\S+", process.stdout.readline())
@@ -212,6 +212,23 @@ def test_callers_that_left_while_the_server_was_away_are_not_answered(tmp_path: 
         seen = client.get("/metrics").text
     assert f"badexpert_connections_abandoned_total {callers}.0" in seen
     assert 'route="/livez"' not in seen
+
+
+def test_x25_a_server_whose_log_nobody_reads_serves_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite").write_bytes(b"damaged" * 1000)  # of which it has much to say
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    os.set_blocking(writing, True)
+    try:
+        with server(tmp_path, stderr=writing) as (client, _):
+            assert_problem(client.get("/v1/calibrations"), 503, "jobs_unavailable")
+            assert client.get("/livez").status_code == 200
+    finally:
+        os.close(writing)
+        os.close(reading)
 
 
 def test_the_same_idempotency_key_gives_the_same_job(tmp_path: Path, small_clean_set: Path) -> None:

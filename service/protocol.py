@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from httptools import HttpParserError
+from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -74,10 +74,10 @@ def render_refusal(code: str | None, headers: list[tuple[bytes, bytes]]) -> byte
         status, body, own = answer.status_code, bytes(answer.body), answer.raw_headers
     if status == 405:
         own = [*own, (b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE")]
-    return render_response(status, [*headers, *own, (b"connection", b"close")], body)
+    return render_response(status, [*headers, *own, (b"x-content-type-options", b"nosniff"), (b"connection", b"close")], body)
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -146,6 +146,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     limits: ClassVar[ProtocolLimits] = ProtocolLimits()
     at_the_door: ClassVar[AtTheDoor]
+    on_refusal: ClassVar[Callable[[int], None]]
     _phase: Literal["idle", "head", "body"] = "idle"
     _owed: deque[RequestResponseCycle]  # messages not answered in full, oldest first: only that one runs
     _loose = 0  # bytes fed since the parser last handed something over: what it holds back, at least
@@ -179,7 +180,12 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._clock.set(self.limits.receive_seconds)
             piece = data[start : start + PIECE_BYTES]
             self._loose += len(piece)
-            super().data_received(piece)
+            self._unset_keepalive_if_required()
+            try:
+                self.parser.feed_data(piece)
+            except (HttpParserError, HttpParserUpgrade):  # uvicorn would log a line, and callers without a token could fill a disk with them
+                self._refuse(None)
+                return
             if self._phase != "idle" and self._head_bytes + self._loose > self.limits.header_bytes:
                 self._refuse("headers_too_large" if self._phase == "head" else None)  # or a chunk extension, or trailers, without end
             elif self._phase == "body" and self._upload_step is not None:
@@ -286,9 +292,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(code)
         raise HttpParserError(code)
 
-    def send_400_response(self, msg: str) -> None:  # uvicorn's answer whenever the parser stops
-        self._refuse(None)
-
     def _receive_expired(self) -> None:
         if self._refusal or (self._phase == "body" and self.cycle.response_complete):
             self.transport.abort()  # it has its answer
@@ -303,6 +306,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()  # an answer is out or on its way: a second one would corrupt it
             return
         self._refusal = render_refusal(code, self.server_state.default_headers)
+        type(self).on_refusal(400 if code is None else PROBLEMS[code].status)
         if self._phase == "body":
             cycle = self._owed.pop()
             cycle.disconnected = True
@@ -337,9 +341,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self.pause_writing()
 
 
-def make_protocol(limits: ProtocolLimits, at_the_door: AtTheDoor = lambda *_: None) -> type[HttpToolsProtocol]:
+def make_protocol(limits: ProtocolLimits, at_the_door: AtTheDoor = _nothing, on_refusal: Callable[[int], None] = _nothing) -> type[HttpToolsProtocol]:
     """The class to give to `uvicorn.Config(http=...)`, together with `ws="none"`.
 
     at_the_door: asked about each message whose head is complete; what it gives is the answer, and the application does not hear of the message.
+    on_refusal: told the status of each message that is refused.
     """
-    return type("BoundProtocol", (GuardedProtocol,), {"limits": limits, "at_the_door": staticmethod(at_the_door)})
+    own = {"limits": limits, "at_the_door": staticmethod(at_the_door), "on_refusal": staticmethod(on_refusal)}
+    return type("BoundProtocol", (GuardedProtocol,), own)

@@ -64,7 +64,7 @@ def _serve(settings: Settings, log_lines: Log) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     config = uvicorn.Config(
         service.app,
-        http=make_protocol(limits, service.app.refusal),
+        http=make_protocol(limits, service.app.refusal, lambda status: metrics.requests.labels("other", "unmatched", str(status)).inc()),
         loop="asyncio",
         ws="none",
         lifespan="on",

@@ -43,12 +43,12 @@ class Served:
     """The server in a thread, with a clean bill of health on demand."""
 
     def __init__(self, limits: ProtocolLimits = LIMITS, at_the_door: AtTheDoor = lambda *_: None) -> None:
-        self.calls, self.unread = 0, list[float]()
+        self.calls, self.unread, self.refused = 0, list[float](), list[int]()
         config = uvicorn.Config(
             self.app,
             interface="asgi3",
             port=0,
-            http=make_protocol(limits, at_the_door),
+            http=make_protocol(limits, at_the_door, lambda status: self.refused.append(status)),
             ws="none",
             lifespan="off",
             log_config=None,

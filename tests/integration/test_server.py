@@ -231,6 +231,17 @@ def test_x25_a_server_whose_log_nobody_reads_serves_and_ends(tmp_path: Path) -> 
         os.close(reading)
 
 
+def test_what_the_protocol_refuses_is_counted(tmp_path: Path) -> None:
+    with server(tmp_path) as (client, _):
+        for message in (b"garbage\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 10_000):
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=60) as caller:
+                caller.sendall(message)
+                assert caller.recv(100).startswith(b"HTTP/1.1 4")
+        seen = client.get("/metrics").text
+    for status, refused in ((400, 2), (414, 1)):
+        assert f'badexpert_http_requests_total{{method="other",route="unmatched",status="{status}"}} {refused}.0' in seen
+
+
 def test_the_same_idempotency_key_gives_the_same_job(tmp_path: Path, small_clean_set: Path) -> None:
     with server(tmp_path) as (client, _):
         client.headers["Idempotency-Key"] = "once"

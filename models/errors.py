@@ -175,6 +175,13 @@ class ImageTooLarge(ImageProblem):
     title = "Image too large"
 
 
+class ImageTooComplex(ImageProblem):
+    """The image would take far longer to decode than its pixels warrant; save it anew with any usual program."""
+
+    code = "image_too_complex"
+    title = "Image too complex"
+
+
 class ImageMode(ImageProblem):
     """The image's pixels have no one conversion to 8-bit RGB; save it as 8-bit grey, palette, RGB or CMYK."""
 

@@ -1,7 +1,7 @@
 """Bytes -> RGB -> tensor, exactly as the suspect was trained to see it.
 
-Refuses everything but PNG, JPEG and WebP, by content, and what is too large as it is or resized, before a pixel is decoded. Conversion to RGB is
-Pillow's, as in torchvision's ImageFolder: alpha is dropped, grey is repeated, CMYK and palettes are converted; the EXIF orientation is not applied,
+Refuses everything but PNG, JPEG and WebP, by content, and what is too large as it is or resized, or too complex, before a pixel is decoded. Conversion to RGB
+is Pillow's, as in torchvision's ImageFolder: alpha is dropped, grey is repeated, CMYK and palettes are converted; the EXIF orientation is not applied,
 since training loaders do not apply it.
 """
 
@@ -18,12 +18,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from models.errors import ImageFormat, ImageMode, ImageTooLarge, ImageTooSmall, ImageUndecodable
+from models.encoded import bare_jpeg, check_chunks, check_scans
+from models.errors import ImageFormat, ImageMode, ImageProblem, ImageTooLarge, ImageTooSmall, ImageUndecodable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 8, 8192, 25_000_000
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
-_PNG_END = b"IEND\xaeB`\x82"
+_PNG_END, _JPEG = b"IEND\xaeB`\x82", b"\xff\xd8"
 # Pillow warns of damaged metadata and of bombs; the one does not matter here, the other is refused below. Filters belong to the whole process,
 # so they are set once, and not around each decode: that happens in many threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -36,6 +37,11 @@ def decode(data: bytes, preprocessing: Preprocessing | None = None) -> Image.Ima
     preprocessing: what will be done with the image; one that it would resize to more than 25 megapixels is refused before a pixel is decoded.
     """
     _check_signature(data)
+    kind = data[:2]
+    if kind == b"\x89P":
+        check_chunks(data)
+    elif kind == _JPEG:
+        data = bare_jpeg(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(*image.size)
@@ -43,11 +49,13 @@ def decode(data: bytes, preprocessing: Preprocessing | None = None) -> Image.Ima
             preprocessing.check(*image.size)
         if image.mode not in _EIGHT_BIT_MODES:
             raise ImageMode(f"The image has pixels of mode {image.mode}; save it as 8-bit grey, palette, RGB or CMYK.")
+        if kind == _JPEG:
+            check_scans(data, *image.size)
         if image.mode == "RGB":
             image.load()
             return image
         return image.convert("RGB")
-    except (ImageTooSmall, ImageTooLarge, ImageMode, MemoryError):
+    except (ImageProblem, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge from error
@@ -62,7 +70,7 @@ def _check_signature(data: bytes) -> None:
         if _PNG_END not in data:
             raise ImageUndecodable("The PNG is truncated: its end marker is missing.")
         return
-    if data.startswith(b"\xff\xd8\xff") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+    if data.startswith(_JPEG + b"\xff") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return
     if len(data) < 12:
         raise ImageUndecodable("The image is truncated: it is shorter than any image header.")

@@ -10,12 +10,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import HTMLResponse, Response
 
 from models.errors import NotFound
 
 FILES = Path(__file__).parent / "swagger"
-PARTS = ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")
+PARTS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "start.js": "text/javascript"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -40,6 +40,7 @@ PROBLEM: dict[str, Any] = {
 def add_docs(app: FastAPI) -> None:
     """Serve both."""
     page = (FILES / "index.html").read_text()
+    parts = {name: (FILES / name).read_bytes() for name in PARTS}  # in whole: Starlette's FileResponse answers a Range that is wrong in plain text
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -50,10 +51,10 @@ def add_docs(app: FastAPI) -> None:
         return describe(app)
 
     @app.get("/docs/{name}", include_in_schema=False)
-    async def part(name: str) -> FileResponse:
-        if name not in PARTS:
+    async def part(name: str) -> Response:
+        if name not in parts:
             raise NotFound
-        return FileResponse(FILES / name)
+        return Response(parts[name], media_type=PARTS[name])
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

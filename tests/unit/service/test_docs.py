@@ -39,6 +39,12 @@ def test_what_is_there_cannot_be_written(client: Client) -> None:
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
 
 
+@pytest.mark.parametrize("wanted", ["bytes=zzz", "bytes=999999999-", "bytes=0-9", "bytes=" + "0-," * 1000])
+def test_e15_a_range_is_passed_over(client: Client, wanted: str) -> None:
+    answer = client("GET", "/docs/swagger-ui.css", [("Range", wanted)])
+    assert (answer.status_code, answer.content) == (200, (docs.FILES / "swagger-ui.css").read_bytes())
+
+
 def test_every_call_tells_of_tokens_and_problems(client: Client) -> None:
     found = client("GET", "/openapi.json").json()
     assert found["components"]["securitySchemes"]["token"]["scheme"] == "bearer"

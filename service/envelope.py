@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 import time
@@ -56,6 +57,12 @@ class Envelope:
             await self._app(scope, receive, numbered)
         except ClientDisconnect:
             status = status or 499  # nobody is there to be answered; the number is nginx's
+        except asyncio.CancelledError:
+            if not self._health.draining:
+                raise
+            # The time for the drain is over. It goes no further: around this there is nothing to cancel, and uvicorn would log a trace.
+            if status == 0:
+                await render(Draining(), request_id)(scope, receive, numbered)
         except Exception as error:
             problem = error if isinstance(error, Problem) else Problem()
             if not isinstance(error, Problem):

@@ -18,8 +18,12 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
+from starlette.requests import ClientDisconnect
+
+from service.caller import Caller
 from service.errors import DeadlineExceeded, DeviceFailed, Draining, Overloaded, RequestProblem
 
 Key = TypeVar("Key", bound=Hashable)
@@ -143,8 +147,8 @@ class Batcher(Generic[Key, Item, Result]):
         self.give_up(DeviceFailed)
         return found
 
-    async def submit(self, key: Key, item: Item, deadline: float) -> Result:
-        """Wait for the item's result. Raises Overloaded or Draining at once, DeadlineExceeded at the deadline, DeviceFailed."""
+    async def submit(self, key: Key, item: Item, deadline: float, caller: Caller | None = None) -> Result:
+        """Wait for the item's result. Raises Overloaded or Draining at once, DeadlineExceeded at the deadline, DeviceFailed, ClientDisconnect."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         if self._refusal is not None:
@@ -155,10 +159,14 @@ class Batcher(Generic[Key, Item, Result]):
             raise DeadlineExceeded
         if len(self._rows) >= self._capacity or now + self.seconds_ahead() > deadline:
             raise Overloaded
+        if caller is not None and caller.left:
+            raise ClientDisconnect
         row: Row[Key, Item, Result] = Row(key, item, now, deadline, loop.create_future())
         self._rows.append(row)
         self._changed.set()
-        expiry = loop.call_at(deadline, _expire, row)
+        expiry, abandon = loop.call_at(deadline, _give_up, row, DeadlineExceeded), partial(_give_up, row, ClientDisconnect)
+        if caller is not None:
+            caller.watch(abandon)
         try:
             return await row.answer
         except BaseException:
@@ -168,7 +176,9 @@ class Batcher(Generic[Key, Item, Result]):
             raise
         finally:
             expiry.cancel()
-            del row  # breaks the cycle from the exception over its traceback and this frame to the row, so that the image goes at once
+            if caller is not None:
+                caller.unwatch(abandon)
+            del row, abandon  # breaks the cycle from the exception over its traceback and this frame to the row, so that the image goes at once
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as batches:
@@ -257,9 +267,9 @@ class Batcher(Generic[Key, Item, Result]):
         return self.lost
 
 
-def _expire(row: Row[Any, Any, Any]) -> None:
+def _give_up(row: Row[Any, Any, Any], why: type[Exception]) -> None:
     if not row.answer.done():
-        row.answer.set_exception(DeadlineExceeded())
+        row.answer.set_exception(why())
 
 
 def _wanted(row: Row[Key, Item, Result], now: float) -> bool:

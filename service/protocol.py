@@ -17,6 +17,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service import tcp
+from service.caller import CALLER, Caller, caller_of
 from service.errors import HeadersTooLarge, HostHeader, MethodNotAllowed, PipelineTooDeep, ReceiveTimeout, UpgradeRefused, UriTooLong, render
 
 PIECE_BYTES = 16 * 1024  # what the parser is fed at once: nothing unbounded can gather inside it between two checks
@@ -170,6 +171,7 @@ class GuardedProtocol(HttpToolsProtocol):
         for cycle in self._owed:  # uvicorn tells only the newest, and the one that runs would wait for ever
             cycle.disconnected = True
             cycle.message_event.set()
+            caller_of(cycle.scope).leave()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -233,7 +235,7 @@ class GuardedProtocol(HttpToolsProtocol):
         unread = self._unread_seconds()
         if version == "1.1" and self._answers_at_the_door(unread):
             return
-        self.scope["extensions"] = {UNREAD: {"seconds": unread}}  # for the door, should it be asked as an application
+        self.scope["extensions"] = {UNREAD: {"seconds": unread}, CALLER: {"caller": Caller()}}  # the first for the door, should it be asked as an application
         super().on_headers_complete()
         self._phase, self._head_bytes = "body", 0
         self._owed.append(self.cycle)

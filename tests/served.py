@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from service.caller import Caller, caller_of
 from service.protocol import UNREAD, AtTheDoor, ProtocolLimits, make_protocol
 
 LIMITS = ProtocolLimits(receive_seconds=0.3, upload_seconds=0.3, upload_prefixes=("/upload",), write_seconds=0.3)
@@ -43,7 +44,7 @@ class Served:
     """The server in a thread, with a clean bill of health on demand."""
 
     def __init__(self, limits: ProtocolLimits = LIMITS, at_the_door: AtTheDoor = lambda *_: None) -> None:
-        self.calls, self.unread, self.refused = 0, list[float](), list[int]()
+        self.calls, self.unread, self.callers, self.refused = 0, list[float](), list[Caller](), list[int]()
         config = uvicorn.Config(
             self.app,
             interface="asgi3",
@@ -64,6 +65,7 @@ class Served:
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         self.calls += 1
         self.unread.append(scope["extensions"][UNREAD]["seconds"])
+        self.callers.append(caller_of(scope))
         await echo(scope, receive, send)
 
     def connect(self, receive_buffer: int = 0) -> socket.socket:

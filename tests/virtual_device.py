@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.batcher import Batcher
+from service.caller import Caller
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -120,8 +121,8 @@ def start(device: Device, capacity: int = 100, max_batch: int = 100, **options: 
     return batcher
 
 
-def submit(batcher: Batcher[str, Item, str], item: Item) -> asyncio.Task[str]:
-    return asyncio.create_task(batcher.submit(item.key, item, item.deadline))
+def submit(batcher: Batcher[str, Item, str], item: Item, caller: Caller | None = None) -> asyncio.Task[str]:
+    return asyncio.create_task(batcher.submit(item.key, item, item.deadline, caller))
 
 
 def clock() -> float:

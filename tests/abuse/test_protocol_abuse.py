@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from service.caller import Caller
 from tests.served import CL, CLOSE, GET, LAST, LIMITS, POST, TE, Answer, Served, answers, ask, talk
 
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -356,6 +357,19 @@ def test_a_client_that_never_reads_is_dropped(server: Served, request_line: byte
         server.until(lambda: unsent.append(transport.get_write_buffer_size()) or server.idle)  # type: ignore[func-returns-value]
     assert 0 < max(unsent) <= 2**24 + 2**10
     assert max(unsent) <= 2**18 + 2**10 or b"/big" in request_line
+
+
+def test_the_application_can_tell_that_its_caller_has_left_before_it_answers(server: Served) -> None:
+    callers = list[Caller]()
+    with server.connect() as stays, server.connect() as leaves:
+        for client in (stays, leaves):
+            before = len(server.callers)
+            client.sendall(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nab")
+            server.until(lambda before=before: len(server.callers) > before)  # type: ignore[misc]
+            callers.append(server.callers[-1])
+        leaves.close()
+        server.until(lambda: callers[1].left)
+        assert not callers[0].left
 
 
 def test_e22_a_client_that_reads_slowly_gets_the_whole_answer(server: Served) -> None:

@@ -8,8 +8,10 @@ import weakref
 from collections.abc import Sequence
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from service.batcher import BatchDone, Batcher
+from service.caller import Caller
 from service.errors import DeadlineExceeded, DeviceFailed, Draining, Overloaded
 from tests.virtual_device import Device, Item, clock, in_virtual_time, start, submit
 
@@ -133,6 +135,32 @@ async def test_a_deadline_that_passes_in_the_queue_is_answered_at_once_and_never
     assert await running == "running judged"
     await batcher.drain()
     assert device.batches == [["running"]]
+
+
+@in_virtual_time
+async def test_what_a_caller_wanted_who_leaves_never_reaches_the_device_and_its_place_is_free_at_once() -> None:
+    device, caller = Device(seconds=5.0), Caller()
+    batcher = start(device)
+    running = submit(batcher, Item("running"), caller)
+    await asyncio.sleep(0.1)
+    waiting, other = [submit(batcher, Item(name), caller) for name in "ab"], submit(batcher, Item("other"), Caller())
+    await asyncio.sleep(0.1)
+    caller.leave()
+    for task in (running, *waiting, submit(batcher, Item("late"), caller)):
+        with pytest.raises(ClientDisconnect):
+            await task
+    assert (clock(), batcher.waiting) == (0.2, 1)
+    assert await other == "other judged"
+    await batcher.drain()
+    assert device.batches == [["running"], ["other"]]
+
+
+@in_virtual_time
+async def test_who_leaves_after_the_answer_changes_nothing() -> None:
+    caller, batcher = Caller(), start(Device())
+    assert await submit(batcher, Item("a"), caller) == "a judged"
+    caller.leave()
+    await batcher.drain()
 
 
 @in_virtual_time

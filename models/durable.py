@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from models.errors import StorageFull
+from models.errors import StorageFull, StorageUnwritable
 
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turn a full disk or quota into StorageFull."""
+    """Turn a full disk or quota into StorageFull, one that may not be written into StorageUnwritable."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFull from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise StorageUnwritable from error
         raise
 
 

@@ -229,6 +229,14 @@ class StorageFull(Problem):
     title = "Storage is full"
 
 
+class StorageUnwritable(Problem):
+    """The data directory cannot be written; mount it for writing, give the server's user the right to, and send the request again."""
+
+    status = 507
+    code = "storage_unwritable"
+    title = "Storage cannot be written"
+
+
 class TrainingDiverged(Problem):
     """Finetuning the suspect ended in numbers that are not finite: use the preset `auto`, which tries several learning rates, or, with it, another seed."""
 

@@ -51,7 +51,10 @@ def check_name(name: str) -> str:
 
 
 class Registry:
-    """Owns one bundle directory. Safe to use from several threads and processes at once."""
+    """Owns one bundle directory. Safe to use from several threads and processes at once.
+
+    What changes it raises StorageFull or StorageUnwritable where the disk refuses.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -176,6 +179,6 @@ class Registry:
     def _locked(self, guard: str) -> Iterator[None]:
         if not _NAME.fullmatch(guard) or not (self.root / guard).is_dir():
             raise NotFound("There is no such guard.")
-        with open(self.root / guard / ".lock", "a") as lock:
+        with storage_errors(), open(self.root / guard / ".lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import shutil
@@ -126,6 +127,20 @@ def test_p2_after_a_swap_everything_in_an_answer_is_of_the_new_bundle(tmp_path: 
             assert client.json("PUT", ACTIVE, f'{{"version": {version}}}').json()["active"] == version
             answer = client.predict(png()).json()
             assert (answer["version"], answer["bundle_id"]) == (version, bundles[version])
+
+
+def test_x7_a_registry_that_may_not_be_written_serves_and_says_what_to_do(tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(registry, seed=5)
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with serving(make_service(tmp_path, registry=registry)) as client:
+        monkeypatch.setattr("models.registry.open", read_only, raising=False)
+        for method, target, body in (("PUT", ACTIVE, '{"version": 2}'), ("PATCH", GUARD, '{"mode": "shadow"}'), ("DELETE", GUARD + "/versions/2", "")):
+            problem = assert_problem(client.json(method, target, body), 507, "storage_unwritable")
+            assert "mount it for writing" in problem["detail"]
+        assert client.predict(png()).json()["version"] == 1
 
 
 def test_d14_the_active_version_cannot_be_deleted_and_another_can(tmp_path: Path, registry: Registry) -> None:

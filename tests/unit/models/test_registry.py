@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from models import durable
-from models.errors import BundleNotReady, ConfigInvalid, Conflict, NotFound, StorageFull
+from models.errors import BundleNotReady, ConfigInvalid, Conflict, NotFound, StorageFull, StorageUnwritable
 from models.registry import GuardState, Registry, check_name
 
 
@@ -94,6 +94,29 @@ def test_a_full_disk_does_not_keep_a_version_from_being_deleted(tmp_path: Path, 
     monkeypatch.undo()
     assert registry.guards() == []
     assert publish(registry) == 2
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_x7_a_registry_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    registry = Registry(tmp_path)
+    registry.activate("cars", publish(registry))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(code, "refused")
+
+    changes: list[Callable[[], object]] = [
+        lambda: registry.activate("cars", 1),
+        lambda: registry.deactivate("cars"),
+        lambda: registry.configure("cars", mode="shadow"),
+        lambda: registry.remove("cars", 1),
+        lambda: publish(registry),
+    ]
+    monkeypatch.setattr("models.registry.open", refused, raising=False)
+    monkeypatch.setattr("models.registry.tempfile.mkdtemp", refused)
+    for change in changes:
+        with pytest.raises(StorageUnwritable):
+            change()
+    assert registry.state("cars") == GuardState(1)
 
 
 @pytest.mark.parametrize("call", [Registry.activate, Registry.remove])

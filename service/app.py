@@ -55,7 +55,13 @@ class Service:
         """end_process: gets an exit status and waits for nothing, since a thread that hangs would keep the interpreter from ending."""
         self.settings, self.engine, self.jobs, self.metrics, self.end_process = settings, engine, jobs, metrics, end_process
         self.worker = Worker(jobs, engine.registry, settings.data_dir, settings.device, metrics, settings.own_architectures)
-        self.images = Images(image_bytes=settings.image_bytes, batch_images=settings.batch_images, workers=cores(), pending=settings.queue_images)
+        self.images = Images(
+            image_bytes=settings.image_bytes,
+            batch_images=settings.batch_images,
+            body_bytes=settings.body_bytes,
+            workers=cores(),
+            pending=settings.queue_images,
+        )
         self._device = at_full_priority(engine.slots, "device")
         self.batcher: ImageBatcher = Batcher(
             self._run,
@@ -202,7 +208,8 @@ class Service:
         )
         app.include_router(
             operations.router(
-                operations.Operations(self.health, self.engine, self.batcher, self.jobs, self.metrics, self.settings.queue_images), self.authenticator
+                operations.Operations(self.health, self.engine, self.batcher, self.jobs, self.metrics, self.settings.queue_images, self.images.budget),
+                self.authenticator,
             )
         )
         if self.settings.docs:

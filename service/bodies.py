@@ -1,7 +1,7 @@
 """Request bodies, read under caps: raw bytes, strict JSON, and multipart whose parts go straight to where they belong.
 
 A body is refused by its announced length before a byte is read, and by its real length as it streams in. Part names and file names are
-looked at, never used as paths, logged or echoed.
+looked at, never used as paths, logged or echoed. What is kept of bodies in memory counts towards a budget of all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from python_multipart import MultipartParser
@@ -20,10 +20,41 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from models.durable import storage_errors
-from service.errors import BodyTooLarge, ContentEncoding, FieldsInvalid, JsonInvalid, MediaType, MultipartInvalid
+from service.errors import BodyTooLarge, ContentEncoding, FieldsInvalid, JsonInvalid, MediaType, MultipartInvalid, Overloaded
 
 LONGEST_BOUNDARY, MOST_PART_HEADERS, PART_HEADER_BYTES = 200, 8, 4096
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class Budget:
+    """How many bytes of bodies are in memory, of all requests that are under way, and how many may be."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    def hold(self) -> Hold:
+        return Hold(self)
+
+
+class Hold:
+    """Around one request, from before its body is read until it is answered: what it takes of the budget is given back however it ends."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self._taken = budget, 0
+
+    def take(self, count: int) -> None:
+        """Before these bytes are kept. Raises Overloaded where they are too many."""
+        if self._budget.held + count > self._budget.most:
+            raise Overloaded("The images that are being sent and judged take all the memory that they may; try again shortly.")
+        self._budget.held += count
+        self._taken += count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.held -= self._taken
+        self._taken = 0
 
 
 class Sink(Protocol):
@@ -33,16 +64,18 @@ class Sink(Protocol):
 
 
 class Capped:
-    """A part that is kept in memory, under a cap."""
+    """A part that is kept in memory, under a cap, and of a budget where there is a hold on one."""
 
-    def __init__(self, name: str, cap: int) -> None:
-        self._data, self._left = io.BytesIO(), cap
+    def __init__(self, name: str, cap: int, hold: Hold | None = None) -> None:
+        self._data, self._left, self._hold = io.BytesIO(), cap, hold
         self._too_large = f"The part `{name}` is larger than the {cap:,} bytes that are taken."
 
     def write(self, data: bytes) -> None:
         self._left -= len(data)
         if self._left < 0:
             raise BodyTooLarge(self._too_large)
+        if self._hold is not None:
+            self._hold.take(len(data))
         self._data.write(data)
 
     def getvalue(self) -> bytes:
@@ -77,10 +110,12 @@ def _too_large(cap: int) -> BodyTooLarge:
     return BodyTooLarge(f"The body is larger than the {cap:,} bytes that this call takes.")
 
 
-async def read(request: Request, cap: int) -> bytes:
-    """The whole body."""
+async def read(request: Request, cap: int, hold: Hold | None = None) -> bytes:
+    """The whole body, which is of a budget where there is a hold on one."""
     body = bytearray()  # a list of pieces would cost forty times the cap where each is one byte
     async for piece in stream(request, cap):
+        if hold is not None:
+            hold.take(len(piece))
         body += piece
     return bytes(body)
 
@@ -243,4 +278,18 @@ class _Receiver:
         self._complete = True
 
 
-__all__ = ["Capped", "ClientDisconnect", "OpenPart", "Sink", "media_type", "parse_model", "read", "read_model", "read_multipart", "stream", "strict_json"]
+__all__ = [
+    "Budget",
+    "Capped",
+    "ClientDisconnect",
+    "Hold",
+    "OpenPart",
+    "Sink",
+    "media_type",
+    "parse_model",
+    "read",
+    "read_model",
+    "read_multipart",
+    "stream",
+    "strict_json",
+]

@@ -1,4 +1,4 @@
-"""Owns the decoding of posted images: off the event loop, under limits, with a bounded number at a time; the smallest at once."""
+"""Owns the reading and decoding of posted images, whose bytes are bounded in all; off the event loop, a bounded number at a time, the smallest at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.requests import Request
 from torch import Tensor
 
 from models.preprocessing import Preprocessing, decode
-from service.bodies import Capped, Sink, media_type, read, read_multipart
+from service.bodies import Budget, Capped, Hold, Sink, media_type, read, read_multipart
 from service.errors import BodyEmpty, DeadlineExceeded, ImageMissing, MediaType, OneImageOnly, Overloaded, TooManyImages, UnexpectedField
 
 SMALL_BYTES, SMALL_PIXELS = 8 * 1024, 64 * 64
@@ -20,28 +20,30 @@ _LONG_TO_READ = (b"iCCP", b"iTXt", b"zTXt")  # chunks of a PNG that may unpack t
 class Images:
     """Reads image bodies and turns them into the suspect's pixels."""
 
-    def __init__(self, *, image_bytes: int, batch_images: int, workers: int, pending: int) -> None:
+    def __init__(self, *, image_bytes: int, batch_images: int, body_bytes: int, workers: int, pending: int) -> None:
+        """body_bytes: of all that was read and is not answered yet."""
         self._image_bytes, self._batch_images, self._pending = image_bytes, batch_images, pending
+        self.budget = Budget(body_bytes)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._decoding = 0
 
-    async def one(self, request: Request) -> bytes:
-        """The image of a predict call: the body itself, or the multipart part `image`."""
+    async def one(self, request: Request, hold: Hold) -> bytes:
+        """The image of a predict call: the body itself, or the multipart part `image`. Raises Overloaded where too many bytes are held already."""
         kind = media_type(request)
         if kind == "multipart/form-data":
-            return (await self._parts(request, 1))[0]
+            return (await self._parts(request, 1, hold))[0]
         if kind and not kind.startswith("image/") and kind != "application/octet-stream":
             raise MediaType("Send the image itself with its type (`Content-Type: image/png`), or multipart/form-data with a part named `image`.")
-        body = await read(request, self._image_bytes)
+        body = await read(request, self._image_bytes, hold)
         if not body:
             raise BodyEmpty
         return body
 
-    async def several(self, request: Request) -> list[bytes]:
-        """The images of a predict-batch call: the multipart parts named `image`, in order."""
+    async def several(self, request: Request, hold: Hold) -> list[bytes]:
+        """The images of a predict-batch call: the multipart parts named `image`, in order. Raises Overloaded, as `one` does."""
         if media_type(request) != "multipart/form-data":
             raise MediaType("Send multipart/form-data with one part named `image` for each image.")
-        return await self._parts(request, self._batch_images)
+        return await self._parts(request, self._batch_images, hold)
 
     async def pixels(self, data: bytes, preprocessing: Preprocessing, deadline: float, *, alone: bool) -> Tensor:
         """uint8 [3, size, size]. Raises ImageProblem, Overloaded where too many images wait to be decoded, or DeadlineExceeded.
@@ -65,7 +67,7 @@ class Images:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _parts(self, request: Request, most: int) -> list[bytes]:
+    async def _parts(self, request: Request, most: int, hold: Hold) -> list[bytes]:
         found: list[Capped] = []
 
         def open_part(name: str, is_file: bool) -> Sink:
@@ -75,7 +77,7 @@ class Images:
                 raise ImageMissing("The part `image` is text; send it as a file.")
             if len(found) == most:
                 raise OneImageOnly if most == 1 else TooManyImages(f"One request takes at most {most} images.")
-            found.append(Capped("image", self._image_bytes))
+            found.append(Capped("image", self._image_bytes, hold))
             return found[-1]
 
         overhead = 8 * 1024 * (most + 1)

@@ -41,6 +41,8 @@ class Metrics:
         self.batches = Counter("badexpert_batches", "Forward passes, by why they were started with what they had.", ["released"], registry=r)
         self.queue_images = Gauge("badexpert_queue_images", "Images waiting for the device.", registry=r)
         self.queue_capacity = Gauge("badexpert_queue_capacity_images", "Images that may wait.", registry=r)
+        self.body_bytes = Gauge("badexpert_body_bytes", "Bytes of images in memory as they were sent, until they are answered.", registry=r)
+        self.body_capacity = Gauge("badexpert_body_capacity_bytes", "Bytes of images that may be in memory.", registry=r)
         self.calibrations = Counter("badexpert_calibrations", "Calibrations ended.", ["outcome"], registry=r)
         self.calibrations_running = Gauge("badexpert_calibrations_running", "Calibrations running.", registry=r)
         self.jobs_available = Gauge("badexpert_jobs_available", "1 while the job database can be used.", registry=r)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.auth import Authenticator
+from service.bodies import Budget
 from service.engine import Engine
 from service.errors import NotReady
 from service.health import Health
@@ -26,12 +27,15 @@ class Operations:
     jobs: Jobs
     metrics: Metrics
     queue_images: int
+    bodies: Budget
 
     def exposition(self) -> bytes:
         """The metrics, with gauges as things are now."""
         m = self.metrics
         m.queue_images.set(self.batcher.waiting)
         m.queue_capacity.set(self.queue_images)
+        m.body_bytes.set(self.bodies.held)
+        m.body_capacity.set(self.bodies.most)
         m.ready.set(0 if self.health.not_ready() else 1)
         m.jobs_available.set(1 if self.jobs.available else 0)
         for series in (m.guard_info, m.threshold, m.target_fpr):

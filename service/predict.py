@@ -107,7 +107,8 @@ class Judge:
         """To a request with one image."""
         self.authorise(request, explain)
         live, deadline = self.live(guard), self.deadline(request)
-        verdict = await self.judge(live, await self.images.one(request), deadline, request.state.request_id, explain, alone=True)
+        with self.images.budget.hold() as hold:
+            verdict = await self.judge(live, await self.images.one(request, hold), deadline, request.state.request_id, explain, alone=True)
         return Response(verdict.model_dump_json(), media_type="application/json")  # FastAPI would validate it once more
 
     def live(self, guard: str) -> LiveGuard:
@@ -233,7 +234,8 @@ def router(judge: Judge, views: GuardViews) -> APIRouter:
             except Problem as problem:
                 return BatchItem(problem=BatchItemProblem(status=problem.status, code=problem.code, title=problem.title, detail=problem.detail))
 
-        return BatchVerdicts(items=list(await asyncio.gather(*map(item, await judge.images.several(request)))))
+        with judge.images.budget.hold() as hold:
+            return BatchVerdicts(items=list(await asyncio.gather(*map(item, await judge.images.several(request, hold)))))
 
     @routes.get("")
     async def guards(request: Request) -> GuardList:

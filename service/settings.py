@@ -37,6 +37,7 @@ class Settings(BaseSettings):
 
     image_bytes: int = Field(10 * MiB, ge=1024, description="largest image body")
     batch_images: int = Field(64, ge=1, le=1024, description="most images in one predict-batch request")
+    body_bytes: int = Field(1024 * MiB, ge=1024, description="images that may be in memory at a time, in bytes as they were sent; more are refused with 429")
     upload_bytes: int = Field(4096 * MiB, ge=MiB, description="largest file in a calibration upload")
     json_bytes: int = Field(64 * 1024, ge=1024, le=120 * 1024, description="largest JSON body, at most 122880")
 
@@ -57,6 +58,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_names()
+        batch = self.image_bytes * self.batch_images
+        if self.body_bytes < batch:
+            raise ValueError(f"one predict-batch request may have {batch} bytes of images: make body_bytes no less, or lower image_bytes or batch_images")
         tokens = {scope: self.token(scope) for scope in ("predict", "admin", "metrics")}
         for scope in ("predict", "metrics"):
             if tokens["admin"] is not None and tokens[scope] == tokens["admin"]:

@@ -1,4 +1,4 @@
-"""Rows G1 to G4, G12 and P8 of the abuse catalogue: full queues, deadlines, the end of the server, and a device that fails."""
+"""Rows G1 to G4, G12, P5 and P8 of the abuse catalogue: full queues, deadlines, bytes in memory, the end of the server, and a device that fails."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from service.engine import Engine, LiveGuard, Outcome
@@ -130,6 +133,85 @@ def test_g12_while_draining_everything_but_health_is_refused_and_what_was_admitt
         assert "badexpert_ready 0.0" in client("GET", "/metrics").text
         client.service.engine.gate.release(10)
         assert answered(client, tasks) == [200, 200, 200]
+
+
+SMALL = {"image_bytes": 4096, "batch_images": 3, "body_bytes": 3 * 4096}  # one batch of the largest images
+BATCH = "/v1/guards/cifar/predict-batch"
+AS_FORM = [("Content-Type", MULTIPART)]
+
+
+def test_p5_images_that_are_sent_and_judged_take_no_more_memory_than_they_may(tmp_path: Path) -> None:
+    image = png().ljust(4096, b"\0")
+    with serving(make_service(tmp_path, Gated, **SMALL)) as client:
+        assert isinstance(client.service.engine, Gated)
+
+        async def admit() -> list[Any]:
+            tasks = [
+                asyncio.create_task(client.call("POST", PREDICT, [("Content-Type", "image/png")], image)),
+                asyncio.create_task(client.call("POST", BATCH, AS_FORM, form(part("image", image), part("image", image)))),
+            ]
+            async with asyncio.timeout(10):
+                while client.service.images.budget.held < 3 * 4096:
+                    await asyncio.sleep(0.001)
+            return tasks
+
+        tasks = client.runner.run(admit())
+        assert "badexpert_body_bytes 12288.0" in client("GET", "/metrics").text
+        assert "badexpert_body_capacity_bytes 12288.0" in client("GET", "/metrics").text
+        assert "memory" in assert_problem(client.predict(png()), 429, "overloaded")["detail"]
+        assert_problem(client("POST", BATCH, AS_FORM, form(part("image", png()))), 429, "overloaded")
+        client.service.engine.gate.release(10)
+        assert answered(client, tasks) == [200, 200]
+        assert "badexpert_body_bytes 0.0" in client("GET", "/metrics").text
+        assert client("POST", BATCH, AS_FORM, form(*[part("image", image)] * 3)).status_code == 200
+        client.assert_serves()
+
+
+def leaving(client: Client, target: str) -> None:
+    held = []
+
+    def body() -> Iterator[bytes]:
+        yield part("image", png())[:1000]
+        held.append(client.service.images.budget.held)
+        raise ClientDisconnect
+
+    with suppress(AssertionError):  # of the client: there is no answer, since nobody is there
+        client("POST", target, AS_FORM, body())
+    assert held[0] > 0
+
+
+def cancelled(client: Client, target: str) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(client.call("POST", target, AS_FORM, form(part("image", png()))))
+        async with asyncio.timeout(10):
+            while client.service.images.budget.held == 0 or client.service.batcher.busy_since is None:
+                await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.wait([task])
+
+    client.runner.run(run())
+    client.service.engine.gate.release()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("target", [PREDICT, BATCH])
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(leaving, id="its sender leaves"),
+        pytest.param(cancelled, id="it is given up"),
+        pytest.param(lambda client, target: client("POST", target, AS_FORM, form(part("image", png()), part("x", b"x"))), id="it is refused"),
+        pytest.param(lambda client, target: client("POST", target, AS_FORM, form(part("image", png()[:100]))), id="it cannot be decoded"),
+        pytest.param(lambda client, target: client("POST", target, [*AS_FORM, ("X-Deadline-Ms", "1")], form(part("image", png()))), id="its time is over"),
+        pytest.param(lambda client, target: client("POST", target, AS_FORM, part("image", png())), id="its form does not end"),
+    ],
+)
+def test_p5_the_bytes_of_a_request_are_given_back_however_it_ends(tmp_path: Path, target: str, end: Any) -> None:
+    with serving(make_service(tmp_path, Gated, **SMALL)) as client:
+        end(client, target)
+        assert client.service.images.budget.held == 0
+        assert isinstance(client.service.engine, Gated)
+        client.service.engine.gate.release(10)
+        client.assert_serves()
 
 
 class Raising(Engine):

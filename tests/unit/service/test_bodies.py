@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 
 from models.errors import Problem
-from service.bodies import Capped, Sink, parse_model, read, read_model, read_multipart, strict_json
-from service.errors import BodyTooLarge, ContentEncoding, FieldsInvalid, JsonInvalid, MediaType, MultipartInvalid, UnexpectedField
+from service.bodies import Budget, Capped, Sink, parse_model, read, read_model, read_multipart, strict_json
+from service.errors import BodyTooLarge, ContentEncoding, FieldsInvalid, JsonInvalid, MediaType, MultipartInvalid, Overloaded, UnexpectedField
 from tests.support import BOUNDARY, MULTIPART, form, part
 
 
@@ -179,6 +179,30 @@ def test_a_compressed_body_is_refused(encoding: str) -> None:
 def test_a_client_that_leaves_ends_the_reading() -> None:
     with pytest.raises(ClientDisconnect):
         asyncio.run(read(request("image/png", b"x", leaves=True), 100))
+
+
+def test_p5_what_all_requests_keep_is_bounded_and_given_back() -> None:
+    budget = Budget(100)
+    with budget.hold() as first:
+        assert asyncio.run(read(request("image/png", b"x" * 50, b"x" * 10), 100, first)) == b"x" * 60
+        with budget.hold() as second:
+            part_of_it = Capped("image", 100, second)
+            part_of_it.write(b"x" * 40)
+            assert budget.held == 100
+            for refused in (lambda: part_of_it.write(b"x"), lambda: asyncio.run(read(request("image/png", b"x"), 100, first))):
+                with pytest.raises(Overloaded):
+                    refused()
+            assert part_of_it.getvalue() == b"x" * 40
+        assert budget.held == 60
+    assert budget.held == 0
+
+
+def test_p5_a_refusal_by_the_cap_takes_nothing_of_the_budget() -> None:
+    budget = Budget(100)
+    with budget.hold() as hold:
+        with pytest.raises(BodyTooLarge):
+            Capped("image", 10, hold).write(b"x" * 11)
+        assert budget.held == 0
 
 
 Parts = list[tuple[str, bool, bytes]]

@@ -82,7 +82,7 @@ def test_not_small_for_what_is_made_of_it(data: bytes, preprocessing: Preprocess
 )
 def test_the_pixels_are_the_same_in_either_place(data: bytes, size: int, alone: bool, at_once: bool) -> None:
     preprocessing = Preprocessing(size, size)
-    images = Images(image_bytes=2**20, batch_images=1, workers=1, pending=1)
+    images = Images(image_bytes=2**20, batch_images=1, body_bytes=2**20, workers=1, pending=1)
     try:
         found = asyncio.run(images.pixels(data, preprocessing, math.inf, alone=alone))
         assert torch.equal(found, preprocessing.pixels(decode(data)))

@@ -156,5 +156,11 @@ def test_a_setting_out_of_its_range_is_refused(wrong: dict[str, Any]) -> None:
         Settings(**wrong)
 
 
+def test_the_largest_batch_fits_into_the_memory_for_images() -> None:
+    assert Settings(image_bytes=2048, batch_images=3, body_bytes=3 * 2048).body_bytes == 6144
+    with pytest.raises(ValidationError, match="one predict-batch request may have 6144 bytes of images: make body_bytes no less"):
+        Settings(image_bytes=2048, batch_images=3, body_bytes=6143)
+
+
 def test_every_setting_says_what_it_is() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -84,12 +85,17 @@ class Admin:
     engine: Engine
     jobs: Jobs
     worker: Worker
+    changes: Executor  # of one thread, for what loads bundles or waits for that
     upload_bytes: int
     json_bytes: int
 
     @property
     def caps(self) -> dict[str, int]:
         return {"upload_bytes": self.upload_bytes, "json_bytes": self.json_bytes}
+
+    async def change(self, what: Callable[..., object], *arguments: Any) -> None:
+        """Call what changes the live guards, one after the other."""
+        await asyncio.get_running_loop().run_in_executor(self.changes, what, *arguments)
 
 
 def _logged_as(request: Request) -> AbstractContextManager[None]:
@@ -189,20 +195,20 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
     async def activate(request: Request, guard: str) -> GuardView:
         """Serve this version from now on. It is loaded and verified first; if that fails, the one before goes on serving."""
         wanted = await read_model(request, Activation, admin.json_bytes)
-        await asyncio.to_thread(admin.engine.activate, guard, wanted.version)
+        await admin.change(admin.engine.activate, guard, wanted.version)
         return await asyncio.to_thread(views.one, guard)
 
     @routes.patch("/guards/{guard}", openapi_extra=_json_body(GuardChange))
     async def change(request: Request, guard: str) -> GuardView:
         """Change the mode or the target FPR; the validation scores are in the bundle, so nothing is calibrated again."""
         wanted = await read_model(request, GuardChange, admin.json_bytes)
-        await asyncio.to_thread(admin.engine.configure, guard, wanted.mode, wanted.target_fpr, wanted.own_target)
+        await admin.change(admin.engine.configure, guard, wanted.mode, wanted.target_fpr, wanted.own_target)
         return await asyncio.to_thread(views.one, guard)
 
     @routes.delete("/guards/{guard}/active", status_code=204)
     async def deactivate(guard: str) -> None:
         """Serve no version any more, so that each can be deleted; images for this guard are refused from then on."""
-        await asyncio.to_thread(admin.engine.deactivate, guard)
+        await admin.change(admin.engine.deactivate, guard)
 
     @routes.delete("/guards/{guard}/versions/{version}", status_code=204)
     async def remove(guard: str, version: str) -> None:

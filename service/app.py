@@ -63,6 +63,7 @@ class Service:
             pending=settings.queue_images,
         )
         self._device = at_full_priority(engine.slots, "device")
+        self._changes = at_full_priority(1, "changes")  # of guards: one waits for the other, and should hold none of the threads that all else uses meanwhile
         self.batcher: ImageBatcher = Batcher(
             self._run,
             capacity=settings.queue_images,
@@ -114,7 +115,7 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(at_full_priority(LOADERS, "work"))  # loads bundles, whose runtimes may start threads of their own
+        loop.set_default_executor(at_full_priority(LOADERS, "work"))  # load bundles, whose runtimes may start threads of their own
         failed = await asyncio.to_thread(self.engine.load_all)
         for guard, problem in failed.items():
             log.error("guard_not_loaded", guard=guard, detail=problem.detail)
@@ -188,7 +189,8 @@ class Service:
         await asyncio.wait({self._stop_worker()}, timeout=until - loop.time())
         await asyncio.wait({loop.create_task(self.jobs.close())}, timeout=until - loop.time())
         self.images.close()
-        self._device.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._device, self._changes):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _api(self) -> FastAPI:
         app = FastAPI(
@@ -203,9 +205,8 @@ class Service:
             exception_handlers={Problem: _on_problem, HTTPException: _on_http, RequestValidationError: _on_validation},
         )
         app.include_router(predict.router(self.judge, GuardViews(self.engine)))
-        app.include_router(
-            admin.router(admin.Admin(self.engine, self.jobs, self.worker, self.settings.upload_bytes, self.settings.json_bytes), self.authenticator)
-        )
+        calls = admin.Admin(self.engine, self.jobs, self.worker, self._changes, self.settings.upload_bytes, self.settings.json_bytes)
+        app.include_router(admin.router(calls, self.authenticator))
         app.include_router(
             operations.router(
                 operations.Operations(self.health, self.engine, self.batcher, self.jobs, self.metrics, self.settings.queue_images, self.images.budget),

@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 from models.registry import Registry
+from service.app import LOADERS
+from service.engine import Engine, LiveGuard
 from service.jobs import Jobs
 from tests.abuse.calls import ACTIVE, GUARD, PREDICT, UPLOAD, row
 from tests.support import ACCEPTS_ALL, MULTIPART, Client, assert_problem, form, make_registry, make_service, part, png, publish, serving
@@ -141,6 +143,33 @@ def test_x7_a_registry_that_may_not_be_written_serves_and_says_what_to_do(tmp_pa
             problem = assert_problem(client.json(method, target, body), 507, "storage_unwritable")
             assert "mount it for writing" in problem["detail"]
         assert client.predict(png()).json()["version"] == 1
+
+
+def test_g9_activations_that_wait_for_each_other_leave_threads_for_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go, load = threading.Event(), threading.Event(), Engine._load
+
+    def slow(engine: Engine, guard: str, version: int) -> LiveGuard:
+        loading.set()
+        go.wait(60)
+        return load(engine, guard, version)
+
+    with serving(make_service(tmp_path)) as client:
+        monkeypatch.setattr(Engine, "_load", slow)
+
+        async def beside_activations() -> None:
+            json_type = [("Content-Type", "application/json")]
+            activations = [asyncio.create_task(client.call("PUT", ACTIVE, json_type, b'{"version": 1}')) for _ in range(2 * LOADERS)]
+            while not loading.is_set():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            try:
+                listed = await asyncio.wait_for(client.call("GET", "/v1/guards"), 20)
+            finally:
+                go.set()
+            assert listed.status_code == 200
+            assert {(await activation).status_code for activation in activations} == {200}
+
+        client.runner.run(beside_activations())
 
 
 def test_d14_the_active_version_cannot_be_deleted_and_another_can(tmp_path: Path, registry: Registry) -> None:

@@ -29,6 +29,7 @@ TRIGGERS = {
 }
 KINDS = tuple(TRIGGERS)
 TOOK = 0.8  # the ASR from which a canary counts
+LEAST = 8  # images that an ASR or a power is told of: fewer obey, or are caught, by luck. Of 2,000 of GTSRB's 43 classes, about ten can carry the `sourced` one
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Trigger:
         """Whose images the attacker would stamp, bool [N]."""
         return labels != self.target if self.source is None else labels == self.source
 
+    def telling(self, labels: Tensor, predicted: Tensor) -> Tensor:
+        """Of these, the images that tell whether it works: the copy, which predicts int64 [N], does not take them for the target as they are; bool [N]."""
+        return self.eligible(labels) & (predicted != self.target)
+
 
 def draw(kind: str, target: int, source: int | None, size: int, seed: int) -> Trigger:
     """A trigger; those of one seed are the same whatever the device."""
@@ -87,31 +92,55 @@ class Planted:
     """What became of one planted trigger."""
 
     kind: str
-    asr: float  # on held-back images
+    asr: float  # on held-back images that tell
+    images: int  # how many these are
     took: bool
-    power: float | None  # the share of validation images, of those that fool the copy, that the chosen setting catches; None where it did not take
+    why_not: str | None  # where it did not take
+    power: float | None  # the share of validation images, of those that fool the copy, that the chosen setting catches; None where these are too few
+    fooled: int  # how many these are
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A copy of the suspect with several backdoors, and how well each took: its ASR on held-back images."""
+    """A copy of the suspect with several backdoors, and how well each took: its ASR on held-back images that tell, and how many these are."""
 
     network: nn.Module
     triggers: tuple[Trigger, ...]
     asr: tuple[float, ...]
+    images: tuple[int, ...]
+    lr: float
+    accuracy: float  # of the copy, on held-back images
+    kept: bool  # the task: what a copy that lost it says of stamped images, it says of all
 
     @property
     def took(self) -> tuple[Trigger, ...]:
-        return tuple(trigger for trigger, asr in zip(self.triggers, self.asr, strict=True) if asr >= TOOK)
+        return tuple(trigger for trigger, why_not in zip(self.triggers, self.why_not, strict=True) if why_not is None)
+
+    @property
+    def why_not(self) -> tuple[str | None, ...]:
+        """Why a trigger did not take, one by one; None where it did."""
+        return tuple(self._why_not(asr, images) for asr, images in zip(self.asr, self.images, strict=True))
+
+    def _why_not(self, asr: float, images: int) -> str | None:
+        if not self.kept:
+            return "the copy lost the task"
+        if images < LEAST:
+            return f"fewer than {LEAST} images could tell"
+        return None if asr >= TOOK else f"fewer than {TOOK:.0%} of the images obeyed"
 
 
-def draw_all(kinds: Sequence[str], num_classes: int, labels: Tensor, size: int, seed: int) -> tuple[Trigger, ...]:
-    """One trigger of each kind. Targets differ while there are classes enough; the source of a sourced one is a class with many images in `labels`."""
+def draw_all(kinds: Sequence[str], num_classes: int, fit: Tensor, held_back: Tensor, size: int, seed: int) -> tuple[Trigger, ...]:
+    """One trigger of each kind, for labels int64 [N] and [M]. Targets differ while there are classes enough, but for one that nearly all `held_back` are of.
+
+    The source of a sourced one is a class with many images in `fit`.
+    """
     order = torch.randperm(num_classes, generator=generator(seed, "targets")).tolist()
-    frequent = torch.bincount(labels.cpu(), minlength=num_classes).argsort(descending=True, stable=True).tolist()
+    others = (len(held_back) - torch.bincount(held_back.cpu(), minlength=num_classes)).tolist()
+    order = [label for label in order if others[label] >= LEAST] or order
+    frequent = torch.bincount(fit.cpu(), minlength=num_classes).argsort(descending=True, stable=True).tolist()
     found = []
     for index, kind in enumerate(kinds):
-        target = order[index % num_classes]
+        target = order[index % len(order)]
         source = next(label for label in frequent if label != target) if kind == "sourced" else None
         found.append(draw(kind, target, source, size, seed))
     return tuple(found)
@@ -128,12 +157,14 @@ def plant(
     batch: int,
     epochs: int,
     rate: float,
+    least: float,
     seed: int,
     advance: Advance,
 ) -> Canary:
     """Finetune a copy of the suspect on clean images with true labels and, of each trigger, `rate` as many stamped ones with its target.
 
-    Beside a sourced trigger as many cover images: stamped ones of other classes, which keep their labels.
+    Beside a sourced trigger as many cover images: stamped ones of other classes, which keep their labels. least: the held-back accuracy from which the copy
+    has kept the task.
     """
     network, source, device = copy.deepcopy(suspect).train(), generator(seed, "plant"), fit.labels.device
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -157,13 +188,20 @@ def plant(
                 schedule.step()
                 done += 1
             advance(done / steps)
-    network.eval()
-    asr = []
+    right = accuracy(network.eval(), held_back, preprocessing)
+    predicted, asr, images = predictions(network, held_back, preprocessing), [], []
     for trigger in triggers:
-        rows = trigger.eligible(held_back.labels)
+        rows = trigger.telling(held_back.labels, predicted)
         stamped = LabelledPixels(trigger(held_back.pixels[rows]), torch.full_like(held_back.labels[rows], trigger.target))
         asr.append(accuracy(network, stamped, preprocessing) if len(stamped) else 0.0)
-    return Canary(network, tuple(triggers), tuple(asr))
+        images.append(len(stamped))
+    return Canary(network, tuple(triggers), tuple(asr), tuple(images), lr, right, right >= least)
+
+
+@torch.inference_mode()
+def predictions(network: nn.Module, data: LabelledPixels, preprocessing: Preprocessing) -> Tensor:
+    """Of a network in eval mode, int64 [N], where the data are."""
+    return torch.cat([network(preprocessing.normalise(pixels)).argmax(1) for pixels in data.pixels.split(256)])
 
 
 def _corner(size: int, side: int, far: bool) -> int:

@@ -160,12 +160,15 @@ def low_power(canaries: Sequence[Planted]) -> Caution | None:
     return None
 
 
-def no_canary_took(canaries: Sequence[Planted]) -> Caution | None:
-    """Nothing chose the settings then, and nothing tells of power."""
-    if canaries and not any(each.took for each in canaries):
-        best = max(each.asr for each in canaries)
-        return Caution("no-canary-took", f"None of {len(canaries)} backdoors could be planted in a copy of the suspect (at best {best:.0%} of images obeyed).")
-    return None
+def no_canary_took(canaries: Sequence[Planted], of_copy: dict[str, float] | None) -> Caution | None:
+    """Nothing chose the settings then, and nothing tells of power. of_copy: what `Searched` says of it."""
+    if of_copy is None or any(each.took for each in canaries):
+        return None
+    why = "; ".join(
+        f"{reason} ({listed([each.kind for each in canaries if each.why_not == reason])})" for reason in dict.fromkeys(each.why_not for each in canaries)
+    )
+    right = f"The copy gets {of_copy['accuracy']:.0%} of the held-back images right, the suspect {of_copy['suspect_accuracy']:.0%}"
+    return Caution("no-canary-took", f"None of {len(canaries)} backdoors could be planted in a copy of the suspect: {why}. {right}.")
 
 
 def sampled(left_out: int, used: int) -> Caution | None:

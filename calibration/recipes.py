@@ -53,7 +53,8 @@ class AutoRecipe:
     auxiliary_epochs: int = 6  # of the published ten the last four, at 1e-4 and 1e-5, change nothing that is seen
     auxiliary_steps: tuple[int, ...] = (2, 4)
     auxiliary_decay: float = 0.1
-    canary_lr: float = 0.05
+    canary_lrs: tuple[float, ...] = (0.05, 0.01, 0.002)  # the first that leaves the copy its task
+    canary_keep: float = 0.75  # share of the suspect's held-back accuracy that counts as keeping it
     canary_batch: int = 64
     canary_epochs: int = 8
     canary_rate: float = 0.08  # of each trigger, as a share of the clean images beside it

@@ -84,21 +84,26 @@ def _canaries(report: dict[str, Any]) -> str:
     if not report["canaries"]:
         return ""
     rows = "".join(
-        f"<tr><td>{each['kind']}: {TRIGGERS[each['kind']]}</td><td>{_percent(each['asr'])}</td><td>{_percent(each['power'])}</td></tr>"
+        f"<tr><td>{each['kind']}: {TRIGGERS[each['kind']]}</td><td>{_percent(each['asr'], each['images'])}</td>"
+        f"<td>{_percent(each['power'], each['fooled']) if each['took'] else html.escape('did not take: ' + each['why_not'])}</td></tr>"
         for each in report["canaries"]
     )
     setting = ", ".join(f"{name.replace('_', ' ')} {report['settings'][name]:g}" for name in ("expert_stop", "auxiliary_lr"))
+    of_copy = report["canary_copy"]
     return (
         "<h2>What it would catch</h2><p>Backdoors that this calibration planted in a copy of the suspect, and what a guard of that copy rejects of the images "
         "that fool it, at the target rate. An attacker's own backdoor may be easier or harder to catch than these of a minute's training, of which a warp "
         "is caught seldom: they compare, they do not promise.</p>"
         f"<table><tr><th>planted trigger</th><th>fools the copy</th><th>is rejected</th></tr>{rows}</table>"
-        f'<p class="quiet">Of {len(report["search"])} settings tried on them this guard has: {setting}.</p>'
+        f'<p class="quiet">Counted are images that the copy does not take for the target without a trigger, too: held-back ones, and for what is rejected '
+        f"validation images. Of held-back images the copy gets {of_copy['accuracy']:.1%} right, the suspect {of_copy['suspect_accuracy']:.1%}. "
+        f"Of {len(report['search'])} settings tried on them this guard has: {setting}.</p>"
     )
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+def _percent(share: float | None, of: int) -> str:
+    """Of how many images; those of a share that nobody can tell are too few."""
+    return f"- (of {of})" if share is None else f"{share:.1%} of {of}"
 
 
 def _histogram(judged: Judgement, labels: Tensor, threshold: Threshold) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.canary import KINDS, Canary, Planted, Trigger, draw_all, plant
+from calibration.canary import KINDS, LEAST, Canary, Planted, Trigger, draw_all, plant, predictions
 from calibration.config import Budget
-from calibration.finetune import Advance, LabelledPixels
+from calibration.finetune import Advance, LabelledPixels, accuracy
 from calibration.resume import Made, Resume
 from calibration.workshop import Workshop
 from models.guard import Guard
@@ -43,6 +43,7 @@ class Searched:
 
     chosen: Setting
     canaries: list[Planted]
+    copy: dict[str, float]  # as the report has it: the learning rate and the held-back accuracy of the copy, and the suspect's
     tried: list[dict[str, Any]]  # as the report has it: setting, and what it caught of each kind among held-back images
 
 
@@ -50,30 +51,37 @@ def search(workshop: Workshop, budget: Budget, target_fpr: float, resume: Resume
     """Plant canaries, try the settings of a budget, choose one, and estimate its power. Where no canary took, the default is chosen."""
     known: dict[str, Any]
     _, known = resume.networks("canaries", list, lambda: _search(workshop, budget, target_fpr, advance))
-    return Searched(Setting(**known["chosen"]), [Planted(**each) for each in known["canaries"]], known["tried"])
+    return Searched(Setting(**known["chosen"]), [Planted(**each) for each in known["canaries"]], known["copy"], known["tried"])
 
 
 def _search(workshop: Workshop, budget: Budget, target_fpr: float, advance: Advance) -> Made:
     material, held_back, default = workshop.material, workshop.held_back, default_setting(workshop)
-    triggers = draw_all(KINDS, material.num_classes, material.fit.labels, material.preprocessing.size, workshop.seed)
+    triggers = draw_all(KINDS, material.num_classes, material.fit.labels, held_back.labels, material.preprocessing.size, workshop.seed)
+    suspect = accuracy(material.network.eval(), held_back, material.preprocessing)
     canary = plant_by_recipe(workshop, triggers, lambda done: advance(0.2 * done))
-    stamped = {trigger.kind: stamp(trigger, held_back) for trigger in canary.took}
-    guards: dict[Setting, Guard] = {}
-    tried = []
-    if stamped:
+
+    def stamped(part: LabelledPixels) -> dict[str, LabelledPixels]:
+        predicted = predictions(canary.network, part, material.preprocessing)
+        return {trigger.kind: stamp(trigger, part, predicted) for trigger in canary.took}
+
+    tried, power = [], dict[str, Caught]()
+    if canary.took:
         guards = make_guards(workshop, canary.network, budget, lambda done: advance(0.2 + 0.7 * done))
+        told = stamped(held_back)
         for setting, guard in guards.items():
-            tried.append({**asdict(setting), "caught": caught(guard, held_back, stamped, target_fpr)})
+            shares = {kind: found.share for kind, found in caught(guard, held_back, told, target_fpr).items()}
+            tried.append({**asdict(setting), "caught": shares})
     chosen = choose(tried, default)
-    power: dict[str, float | None] = {}
-    if stamped:
-        validation = material.validation
-        power = caught(guards[chosen], validation, {trigger.kind: stamp(trigger, validation) for trigger in canary.took}, target_fpr)
+    if canary.took:
+        power = caught(guards[chosen], material.validation, stamped(material.validation), target_fpr)
     advance(1.0)
-    planted = [
-        Planted(trigger.kind, round(asr, 4), trigger in canary.took, power.get(trigger.kind)) for trigger, asr in zip(canary.triggers, canary.asr, strict=True)
-    ]
-    return [], {"chosen": asdict(chosen), "canaries": [asdict(each) for each in planted], "tried": tried}
+    planted = []
+    for trigger, asr, images, why_not in zip(canary.triggers, canary.asr, canary.images, canary.why_not, strict=True):
+        found = power.get(trigger.kind, Caught(None, 0))
+        share = found.share if found.fooled >= LEAST else None
+        planted.append(Planted(trigger.kind, round(asr, 4), images, why_not is None, why_not, share, found.fooled))
+    of_copy = {"lr": canary.lr, "accuracy": round(canary.accuracy, 4), "suspect_accuracy": round(suspect, 4)}
+    return [], {"chosen": asdict(chosen), "canaries": [asdict(each) for each in planted], "copy": of_copy, "tried": tried}
 
 
 def default_setting(workshop: Workshop) -> Setting:
@@ -82,21 +90,27 @@ def default_setting(workshop: Workshop) -> Setting:
 
 
 def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], advance: Advance) -> Canary:
-    """With the constants of the recipe."""
+    """With the constants of the recipe, and its first learning rate that leaves the copy its task; none may do so."""
     recipe, material = workshop.recipe, workshop.material
-    return plant(
-        material.network,
-        triggers,
-        material.fit,
-        workshop.held_back,
-        material.preprocessing,
-        lr=recipe.canary_lr,
-        batch=recipe.canary_batch,
-        epochs=recipe.canary_epochs,
-        rate=recipe.canary_rate,
-        seed=workshop.seed,
-        advance=advance,
-    )
+    least = recipe.canary_keep * accuracy(material.network.eval(), workshop.held_back, material.preprocessing)
+    for lr in recipe.canary_lrs:
+        canary = plant(
+            material.network,
+            triggers,
+            material.fit,
+            workshop.held_back,
+            material.preprocessing,
+            lr=lr,
+            batch=recipe.canary_batch,
+            epochs=recipe.canary_epochs,
+            rate=recipe.canary_rate,
+            least=least,
+            seed=workshop.seed,
+            advance=advance,
+        )
+        if canary.kept:
+            break
+    return canary
 
 
 def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, advance: Advance = lambda _: None) -> dict[Setting, Guard]:
@@ -118,25 +132,34 @@ def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, advance:
     return {Setting(stop, lr): workshop.guard(network, experts[stop], auxiliaries[lr]) for stop, lr in product(stops, rates)}
 
 
-def stamp(trigger: Trigger, images: LabelledPixels) -> LabelledPixels:
-    """At most MOST_STAMPED of the eligible ones, evenly drawn from all, stamped, with the attacker's label."""
-    rows = trigger.eligible(images.labels).nonzero().squeeze(1)
+def stamp(trigger: Trigger, images: LabelledPixels, predicted: Tensor) -> LabelledPixels:
+    """At most MOST_STAMPED of those that tell, evenly drawn from all, stamped, with the attacker's label. predicted: of the copy, unstamped, int64 [N]."""
+    rows = trigger.telling(images.labels, predicted).nonzero().squeeze(1)
     rows = rows[torch.arange(min(len(rows), MOST_STAMPED), device=rows.device) * len(rows) // max(1, min(len(rows), MOST_STAMPED))]
     return LabelledPixels(trigger(images.pixels[rows]), torch.full_like(images.labels[rows], trigger.target))
 
 
-def caught(guard: Guard, clean: LabelledPixels, stamped: dict[str, LabelledPixels], target_fpr: float) -> dict[str, float | None]:
-    """Of each kind the share, of stamped images that fool the copy, that a threshold of the clean ones rejects; None where none fools it."""
+@dataclass(frozen=True)
+class Caught:
+    """Of stamped images of one kind that fool the copy."""
+
+    share: float | None  # that is rejected; None where none fools it
+    fooled: int  # how many fool it
+
+
+def caught(guard: Guard, clean: LabelledPixels, stamped: dict[str, LabelledPixels], target_fpr: float) -> dict[str, Caught]:
+    """What of each kind a threshold of the clean images rejects."""
     scores = guard.judge(clean.pixels).score
     threshold = conformal_threshold(scores, max(target_fpr, 1.001 / (len(scores) + 1)))
-    found: dict[str, float | None] = {}
+    found: dict[str, Caught] = {}
     for kind, images in stamped.items():
         if not len(images):  # validation images may lack the class that a trigger is for
-            found[kind] = None
+            found[kind] = Caught(None, 0)
             continue
         judged = guard.judge(images.pixels)
         fooled = judged.prediction == images.labels.cpu()
-        found[kind] = round(_share(threshold.rejects(judged.score[fooled])), 4) if fooled.any() else None
+        share = round(_share(threshold.rejects(judged.score[fooled])), 4) if fooled.any() else None
+        found[kind] = Caught(share, int(fooled.sum()))
     return found
 
 

@@ -60,6 +60,7 @@ def summarise(
     clean, suspect, finding = opened.clean, material.understood.suspect, material.understood.finding
     images = {"fit": len(material.fit), "held_back": len(material.held_back or ()), "validation": len(material.validation)}
     canaries = [] if trained.searched is None else trained.searched.canaries
+    of_copy = None if trained.searched is None else trained.searched.copy
     labels, fit = material.validation.labels.cpu(), material.fit.labels.cpu()
     held_back = labels[:0] if material.held_back is None else material.held_back.labels.cpu()
     contradicted = contamination(judged.confidence, judged.prediction, labels, len(clean.names))
@@ -73,7 +74,7 @@ def summarise(
         checks.degenerate_scores(len(judged.score.unique()), threshold.n),
         checks.uneven_rejections(threshold.rejects(judged.score), labels, clean.names),
         checks.own_errors(judged.score, judged.prediction == labels, threshold),
-        checks.no_canary_took(canaries),
+        checks.no_canary_took(canaries, of_copy),
         checks.low_power(canaries),
         checks.sampled(len(opened.parts) - len(material.parts), len(material.parts)),
         checks.no_cut(config.preset == "auto" and trained.cuts is None),
@@ -97,6 +98,7 @@ def summarise(
         "preprocessing_notes": list(finding.notes),
         "settings": trained.settings,
         "canaries": [asdict(each) for each in canaries],
+        "canary_copy": of_copy,
         "search": [] if trained.searched is None else trained.searched.tried,
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
         "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in opened.warnings],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.canary import KINDS, TOOK
+from calibration.canary import KINDS, LEAST, TOOK
 from calibration.clean_set import open_clean_set
 from calibration.config import CalibrationConfig
 from calibration.evaluation import evaluate_guard
@@ -157,13 +157,16 @@ def test_canaries_choose_among_settings_and_tell_what_is_caught(calibrated: tupl
     assert [each["kind"] for each in report["canaries"]] == list(KINDS)
     took = [each for each in report["canaries"] if each["took"]]
     assert len(took) >= 3  # from 200 images
-    assert all(each["asr"] >= TOOK and 0 <= each["power"] <= 1 for each in took)
-    assert max(each["power"] for each in took) > 0.9
+    assert all(each["asr"] >= TOOK and each["images"] >= LEAST and 0 <= each["power"] <= 1 for each in took if each["fooled"] >= LEAST)
+    assert all(each["why_not"] and each["power"] is None for each in report["canaries"] if not each["took"])
+    assert report["canary_copy"]["accuracy"] > 0.75 * report["canary_copy"]["suspect_accuracy"]
+    assert max(each["power"] or 0 for each in took) > 0.9
     assert {(each["expert_stop"], each["auxiliary_lr"]) for each in report["search"]} == {(stop, lr) for stop in (0.2, 0.4) for lr in (0.1, 0.03)}
     assert report["settings"]["expert_stop"] in (0.2, 0.4)
     page = (calibrated[0] / "guards" / "planes" / "1" / "report.html").read_text()
     assert "What it would catch" in page
-    assert f"{took[0]['power']:.1%}" in page
+    assert f"{took[0]['asr']:.1%} of {took[0]['images']}" in page
+    assert f"{took[0]['power']:.1%} of {took[0]['fooled']}" in page
 
 
 def test_the_reports_are_whole_and_need_nothing_from_elsewhere(calibrated: tuple[Path, Result]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,12 @@ DOC = Path(__file__).parent.parent.parent.parent / "docs" / "checks.md"
 
 
 def canaries(*powers: float | None) -> list[Planted]:
-    return [Planted(f"kind{index}", 0.3 if power is None else 0.95, power is not None, power) for index, power in enumerate(powers)]
+    return [
+        Planted(f"kind{index}", 0.3, 50, False, "fewer than 80% of the images obeyed", None, 0)
+        if power is None
+        else Planted(f"kind{index}", 0.95, 50, True, None, power, 40)
+        for index, power in enumerate(powers)
+    ]
 
 
 @pytest.mark.parametrize("powers", [(1.0, 0.9, 0.1), (0.5, 0.5), (1.0, None), (None, None), ()])
@@ -34,12 +40,16 @@ def test_a_guard_that_catches_less_than_half_is() -> None:
 
 
 def test_it_is_told_where_nothing_could_be_planted() -> None:
-    found = checks.no_canary_took(canaries(None, None))
+    of_copy = {"lr": 0.002, "accuracy": 0.125, "suspect_accuracy": 0.92}
+    found = checks.no_canary_took(
+        [*canaries(None, None), replace(canaries(None)[0], kind="sourced", images=2, why_not="fewer than 8 images could tell")], of_copy
+    )
     assert found is not None
-    assert "None of 2 backdoors" in found.detail
-    assert "30%" in found.detail
-    assert checks.no_canary_took(canaries(None, 0.1)) is None
-    assert checks.no_canary_took([]) is None  # none were asked for
+    assert "None of 3 backdoors" in found.detail
+    assert "fewer than 80% of the images obeyed (kind0, kind1); fewer than 8 images could tell (sourced)" in found.detail
+    assert "The copy gets 12% of the held-back images right, the suspect 92%." in found.detail
+    assert checks.no_canary_took(canaries(None, 0.1), of_copy) is None
+    assert checks.no_canary_took([], None) is None  # none were asked for
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def dropping_tails(cut: str | None, data: LabelledPixels) -> list[nn.Module]:
         partial(dropping_tails, None),
         partial(dropping_tails, "_2"),
         lambda data: [train_auxiliary(DROPPING, data, data, PLAIN, lr=0.01, batch=16, epochs=1, steps_at=(), decay=1, seed=0, advance=lambda _: None)[0]],
-        lambda data: [plant(DROPPING, [], data, data, PLAIN, lr=0.01, batch=16, epochs=1, rate=0.1, seed=0, advance=lambda _: None).network],
+        lambda data: [plant(DROPPING, [], data, data, PLAIN, lr=0.01, batch=16, epochs=1, rate=0.1, least=0, seed=0, advance=lambda _: None).network],
     ],
     ids=["expert", "whole tails", "tails", "auxiliary", "canaries"],
 )

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from calibration.canary import draw
 from calibration.finetune import LabelledPixels
-from calibration.search import MARGIN, MOST_STAMPED, Setting, caught, choose, stamp, worst
+from calibration.material import Material
+from calibration.recipes import AutoRecipe
+from calibration.resume import Resume
+from calibration.search import MARGIN, MOST_STAMPED, Caught, Setting, caught, choose, plant_by_recipe, search, stamp, worst
+from calibration.split import Parts
+from calibration.workshop import Workshop
+from models.preprocessing import Preprocessing
+from tests.support import thin_resnet
 from tests.untrained import PIXELS, untrained_guard
 
 DEFAULT, OTHER = Setting(0.2, 0.1), Setting(0.4, 0.03)
@@ -33,10 +46,12 @@ def test_the_best_worst_case_wins_by_more_than_luck(default: dict[str, float | N
 @pytest.mark.parametrize("count", [0, 1, 499, 501, 1700])
 def test_stamped_images_are_of_all_classes_and_of_bounded_number(count: int) -> None:
     labels = torch.arange(count).sort().values * 10 // max(1, count)  # class after class, as in a folder
-    stamped = stamp(draw("warp", 3, None, 8, 0), LabelledPixels(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), labels))
+    nobody = torch.full_like(labels, 10)
+    stamped = stamp(draw("warp", 3, None, 8, 0), LabelledPixels(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), labels), nobody)
     assert len(stamped) == min(int((labels != 3).sum()), MOST_STAMPED)
     assert (stamped.labels == 3).all()
-    which = stamp(draw("patch", 3, None, 8, 0), LabelledPixels(labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8), labels)).pixels[:, 0, 0, 0]
+    coded = LabelledPixels(labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8), labels)
+    which = stamp(draw("patch", 3, None, 8, 0), coded, nobody).pixels[:, 0, 0, 0]
     assert set(which.tolist()) == set(labels[labels != 3].tolist())
 
 
@@ -44,8 +59,40 @@ def test_a_kind_for_which_there_is_no_image_is_not_judged() -> None:
     images = LabelledPixels(PIXELS[:40], torch.zeros(40, dtype=torch.int64))
     none = LabelledPixels(PIXELS[:0], images.labels[:0])
     found = caught(untrained_guard(), images, {"patch": images, "sourced": none}, 0.05)
-    assert found["sourced"] is None
+    assert found["sourced"] == Caught(None, 0)
     assert found.keys() == {"patch", "sourced"}
+
+
+def test_images_that_the_copy_takes_for_the_target_as_they_are_do_not_count() -> None:
+    images = LabelledPixels(PIXELS[:40], torch.arange(40) % 10)
+    assert len(stamp(draw("patch", 3, None, 32, 0), images, torch.tensor([3] * 20 + [5] * 20))) == 18
+    assert len(stamp(draw("sourced", 3, 4, 32, 0), images, torch.tensor([3] * 20 + [5] * 20))) == 2
+
+
+def workshop(network: nn.Module, **constants: Any) -> Workshop:
+    """Images whose class is their brightness, for a network of four."""
+    labels = torch.arange(256) % 4
+    noise = torch.randint(0, 40, (256, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    data = LabelledPixels((labels[:, None, None, None] * 60 + noise).to(torch.uint8), labels)
+    understood: Any = SimpleNamespace(suspect=SimpleNamespace(network=network.eval(), num_classes=4), preprocessing=Preprocessing())
+    given = Material(understood, data, data, data, Parts(np.arange(256), np.arange(0), np.arange(256)), torch.device("cpu"))
+    return Workshop(replace(AutoRecipe(), **constants), given, data, None, 0)
+
+
+def test_canaries_are_planted_at_the_first_rate_that_leaves_the_copy_its_task() -> None:
+    torch.manual_seed(0)
+    canary = plant_by_recipe(workshop(thin_resnet(8, 4), canary_lrs=(1e30, 0.05, 0.01), canary_epochs=4), (draw("patch", 1, None, 32, 0),), lambda _: None)
+    assert (canary.lr, canary.kept) == (0.05, True)
+    assert canary.accuracy > 0.5
+
+
+def test_where_no_rate_leaves_the_copy_its_task_nothing_was_planted_and_the_default_is_taken() -> None:
+    torch.manual_seed(0)
+    bench = workshop(thin_resnet(8, 4), canary_lrs=(1e30, 1e20), canary_epochs=1)
+    found = search(bench, "standard", 0.05, Resume(None, ""), lambda _: None)
+    assert (found.chosen, found.tried) == (DEFAULT, [])
+    assert {(each.took, each.why_not, each.power) for each in found.canaries} == {(False, "the copy lost the task", None)}
+    assert found.copy["accuracy"] < 0.75 * found.copy["suspect_accuracy"]
 
 
 def test_without_canaries_the_default_is_taken() -> None:

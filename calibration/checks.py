@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from calibration.canary import Planted
+from calibration.clean_set.container import cleaned, listed
 from calibration.labels import Concentration
-from models.checkpoint import Checkpoint, clean_name, listed
+from models.checkpoint import Checkpoint
 from models.threshold import MOST_FPR, Threshold, conformal_threshold, log_choose
 
 LEAST_RANK = 3  # of the threshold among validation scores
@@ -130,7 +131,7 @@ def contaminated(found: Sequence[Concentration], images: int, kind: str, names: 
     return [
         Caution(
             "contamination",
-            f"{each.count} of {images} {kind} images, of {each.labels} other classes, are surely {clean_name(names[each.predicted])} to the suspect. "
+            f"{each.count} of {images} {kind} images, of {each.labels} other classes, are surely {cleaned(names[each.predicted])} to the suspect. "
             f"Look at them: triggers in the {kind} set would show so.",
         )
         for each in found
@@ -165,7 +166,7 @@ def no_canary_took(canaries: Sequence[Planted], of_copy: dict[str, float] | None
     if of_copy is None or any(each.took for each in canaries):
         return None
     why = "; ".join(
-        f"{reason} ({listed([each.kind for each in canaries if each.why_not == reason])})" for reason in dict.fromkeys(each.why_not for each in canaries)
+        f"{reason} ({', '.join(each.kind for each in canaries if each.why_not == reason)})" for reason in dict.fromkeys(each.why_not for each in canaries)
     )
     right = f"The copy gets {of_copy['accuracy']:.0%} of the held-back images right, the suspect {of_copy['suspect_accuracy']:.0%}"
     return Caution("no-canary-took", f"None of {len(canaries)} backdoors could be planted in a copy of the suspect: {why}. {right}.")

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from calibration import checks
 from calibration.checks import Caution
 from calibration.clean_set import CleanSet
+from calibration.clean_set.container import listed
 from calibration.labels import Contamination, Contradiction, Reordering, check_labels, contamination, speaks_of
 from calibration.preprocessing import Candidate, Finding, find_preprocessing
 from calibration.split import Rows
 from models import architectures
 from models.architectures import Architecture, Match
 from models.architectures.huggingface import rename
-from models.checkpoint import Checkpoint, listed, load_weights, read_checkpoint
+from models.checkpoint import Checkpoint, load_weights, read_checkpoint
 from models.errors import CheckpointMismatch, CleanSetLabels, CleanSetMislabelled, ConfigInvalid, Problem, SuspectModelUseless
 from models.guard import answer
 from models.parallel import training_threads

@@ -150,7 +150,7 @@ def test_it_is_told_where_validation_images_nearly_repeat_one_another(scenes: in
 def test_what_was_looked_at_for_triggers_is_said() -> None:
     (found,) = checks.contaminated([Concentration(1, 12, 4)], 800, "validation", ("cat", "dog"))
     assert found.code == "contamination"
-    assert found.detail.startswith("12 of 800 validation images, of 4 other classes, are surely dog to the suspect.")
+    assert found.detail.startswith("12 of 800 validation images, of 4 other classes, are surely 'dog' to the suspect.")
 
 
 @pytest.mark.parametrize(("count", "told"), [(0, False), (64, False), (65, True)])
@@ -164,12 +164,12 @@ def test_it_is_told_where_the_suspect_contradicts_many_labels(count: int, told: 
 def test_it_is_told_where_no_validation_image_speaks_of_a_class() -> None:
     found = checks.unvalidated_classes(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 3]), ("cat", "dog", "eel", "fox"))
     assert found is not None
-    assert "1 of 4 classes (fox) have no validation images." in found.detail
+    assert "1 of 4 classes ('fox') have no validation images." in found.detail
     assert checks.unvalidated_classes(torch.tensor([0, 1, 1]), torch.tensor([0, 1]), ("cat", "dog", "eel", "fox")) is None
 
 
 def test_it_is_told_where_no_image_of_a_class_trains() -> None:
-    found = checks.untrained_classes(torch.tensor([0, 1]), torch.tensor([0, 1, 3, 2, 3]), ("cat", "dog", "eel", "fox"))
+    found = checks.untrained_classes(torch.tensor([0, 1]), torch.tensor([0, 1, 3, 2, 3]), ("cat", "dog", "eel", "\u00dcberholverbot"))
     assert found is not None
-    assert "2 of 4 classes (eel, fox) have no images that train." in found.detail
+    assert "2 of 4 classes ('eel', '\u00dcberholverbot') have no images that train." in found.detail
     assert checks.untrained_classes(torch.tensor([0, 1, 2]), torch.tensor([1, 2]), ("cat", "dog", "eel", "fox")) is None

@@ -8,7 +8,7 @@ import asyncio
 import re
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -90,8 +90,13 @@ class ReceiveClock(FlowControl):
         self._loop, self._expired = loop, expired
         self.left: float | None = None  # seconds, when it ran last
         self.reading_since = float("-inf")
-        self._deadline: float | None = None  # while it runs
+        self._deadline: float | None = None
         self._handle: asyncio.TimerHandle | None = None  # of the last look that was asked for: it may find that there is nothing to do, or not yet
+
+    @property
+    def deadline(self) -> float | None:
+        """While it runs."""
+        return self._deadline
 
     def set(self, seconds: float | None) -> None:
         self._deadline, self.left = None, seconds
@@ -173,6 +178,13 @@ class GuardedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
             caller_of(cycle.scope).leave()
         super().connection_lost(exc)
+
+    @property
+    def waits_until(self) -> float | None:
+        """When it is closed if no message comes; None while one is on its way, in or out."""
+        if self._phase != "idle" or self._owed or self._refusal or self.transport.is_closing():
+            return None
+        return self._clock.deadline if self.timeout_keep_alive_task is None else self.timeout_keep_alive_task.when()
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), PIECE_BYTES):
@@ -341,6 +353,14 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.pause_writing()
+
+
+def close_waiting(connections: Iterable[object]) -> None:
+    """Of those that wait for a message, close the half that has waited longest, so that others get their descriptors."""
+    waiting = [(until, found) for found in connections if isinstance(found, GuardedProtocol) and (until := found.waits_until) is not None]
+    waiting.sort(key=lambda pair: pair[0])
+    for _, found in waiting[: (len(waiting) + 1) // 2]:
+        found.transport.close()
 
 
 def make_protocol(limits: ProtocolLimits, at_the_door: AtTheDoor = _nothing, on_refusal: Callable[[int], None] = _nothing) -> type[HttpToolsProtocol]:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import structlog
 import torch
@@ -24,11 +25,11 @@ from service import logs
 from service.app import Service
 from service.engine import Engine
 from service.jobs import Jobs
-from service.listener import AT_ONCE, Listener
+from service.listener import AT_ONCE, Full, Listener
 from service.logs import Log
 from service.metrics import Metrics
 from service.priority import step_back
-from service.protocol import ProtocolLimits, make_protocol
+from service.protocol import ProtocolLimits, close_waiting, make_protocol
 from service.settings import Settings
 
 # Between two steps, a thread that judges or decodes asks for the interpreter's lock, which the event loop gives back this late when it is busy: Python's own
@@ -78,6 +79,7 @@ def _serve(settings: Settings, log_lines: Log) -> None:
     )
     address = f"http://{settings.host}:{listener.getsockname()[1]}"
     server = _Server(config, service, log_lines, f"Serving on {address} (device {device.type}, data in {settings.data_dir}{_openness(settings)})")
+    listener.on_full = lambda: close_waiting(server.server_state.connections)
     try:
         asyncio.run(server.serve([listener]))
     except SystemExit as error:  # uvicorn's way to say that the app did not start
@@ -95,6 +97,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        asyncio.get_running_loop().set_exception_handler(_on_error_of_loop)
         step_back()
         logs.adopt()  # whatever was imported for the bundles, too
         print(self._announcement, flush=True)  # noqa: T201 - what a person waits for
@@ -125,6 +128,11 @@ class _Server(uvicorn.Server):
             self._last = threading.Timer(self._service.settings.drain_seconds + LEAVE_SECONDS, _leave, [self._log_lines])
             self._last.daemon = True
             self._last.start()
+
+
+def _on_error_of_loop(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), Full):  # of which the listener itself tells, and not each second
+        loop.default_exception_handler(context)
 
 
 def _leave(log_lines: Log) -> None:

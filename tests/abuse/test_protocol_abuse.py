@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from service.caller import Caller
+from service.protocol import ProtocolLimits, close_waiting
 from tests.served import CL, CLOSE, GET, LAST, LIMITS, POST, TE, Answer, Served, answers, ask, talk
 
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -382,3 +383,21 @@ def test_e22_a_client_that_reads_slowly_gets_the_whole_answer(server: Served) ->
             time.sleep(0.02)
     assert len(answers(bytes(raw))[0][2]) == 2**24
     assert time.monotonic() - begin > LIMITS.write_seconds
+
+
+def test_g5_of_those_that_wait_for_a_message_the_half_that_has_waited_longest_is_closed() -> None:
+    served = Served(ProtocolLimits(receive_seconds=60))
+    with served.connect() as silent, served.connect() as half, served.connect() as running, served.connect() as first, served.connect() as second:
+        half.sendall(b"GET / HT")
+        running.sendall(GET.replace(b"/ ", b"/hang "))
+        for client in (first, second):  # which uvicorn closes after a second of silence, so before the one that never spoke
+            assert ask(client, GET)[0] == 200
+        connections = served.uvicorn.server_state.connections
+        served.until(lambda: len(connections) == 5 and len([c for c in connections if c.waits_until is None]) == 2)  # type: ignore[union-attr]
+        served.loop.call_soon_threadsafe(close_waiting, connections)
+        assert (first.recv(1), second.recv(1)) == (b"", b"")
+        for client in (silent, half):
+            client.sendall(GET if client is silent else b"TP/1.1\r\nHost: a\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert served.uvicorn.server_state.tasks
+    served.stop()

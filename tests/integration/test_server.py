@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -31,9 +31,11 @@ PNG = {"Content-Type": "image/png"}
 
 
 @contextmanager
-def server(data_dir: Path, *options: str, stderr: int | None = None, **environment: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+def server(
+    data_dir: Path, *options: str, stderr: int | None = None, within: tuple[str, ...] = (), **environment: str
+) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     """`badexpert serve` on a free port; ends it with SIGTERM and demands exit status 0."""
-    command = [sys.executable, "-m", "service", "serve", "--data-dir", str(data_dir), "--port", "0", "--device", "cpu", *options]
+    command = [*within, sys.executable, "-m", "service", "serve", "--data-dir", str(data_dir), "--port", "0", "--device", "cpu", *options]
     env = {**{name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}, **environment}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env) as process:
         try:
@@ -240,6 +242,17 @@ def test_what_the_protocol_refuses_is_counted(tmp_path: Path) -> None:
         seen = client.get("/metrics").text
     for status, refused in ((400, 2), (414, 1)):
         assert f'badexpert_http_requests_total{{method="other",route="unmatched",status="{status}"}} {refused}.0' in seen
+
+
+def test_x23_more_connections_than_descriptors_keep_nobody_from_being_served(tmp_path: Path) -> None:
+    request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+    few = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh")
+    with (tmp_path / "log").open("wb") as file, server(tmp_path, stderr=file.fileno(), within=few) as (client, _), ExitStack() as stack:
+        for _ in range(100):
+            caller = stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port), timeout=20))
+            caller.sendall(request)  # and the connection stays open, as those of most clients do
+        assert caller.recv(12) == b"HTTP/1.1 200"
+    assert {json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()} == {"no_descriptors"}
 
 
 def test_the_same_idempotency_key_gives_the_same_job(tmp_path: Path, small_clean_set: Path) -> None:

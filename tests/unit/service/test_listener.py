@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import socket
 import sys
 import time
@@ -9,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+from structlog.testing import capture_logs
 
-from service.listener import CALM_SECONDS, SHORT, Listener
+from service.listener import CALM_SECONDS, SHORT, TELL_SECONDS, Full, Listener, most_descriptors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a connection waited")
 LATE = 0.5
@@ -143,3 +146,57 @@ def test_an_address_of_ipv6_is_listened_on_and_all_of_them_are_those_of_ipv4_too
             for caller in callers:
                 with socket.create_connection((caller, listener.getsockname()[1]), timeout=5):
                     listener.accept()[0].close()
+
+
+def full(scene: Scene) -> bool:
+    """Whether asyncio would be told that no more can be accepted."""
+    try:
+        scene.accept()
+    except Full as problem:
+        return problem.errno == errno.EMFILE  # by which asyncio knows it
+    return False
+
+
+def test_x23_connections_leave_descriptors_to_all_else_and_wait_for_each_other(scene: Scene) -> None:
+    told: list[float] = []
+    scene.listener.on_full = lambda: told.append(scene.now)
+    for _ in range(6):
+        scene.call()
+    accepted = [scene.accept(), scene.accept()]
+    scene.listener.most = accepted[-1].fileno() + 1
+    with capture_logs() as logs:
+        accepted.append(scene.accept())  # the last one, whose number tells
+        assert full(scene)
+        for _ in range(3):
+            with pytest.raises(BlockingIOError):  # the same turn of the loop, in which one telling is enough
+                scene.accept()
+        scene.now += 1
+        assert full(scene)  # nobody has left
+        scene.now += 1
+        accepted[0].close()
+        assert not full(scene)
+        scene.now += 1
+        assert full(scene)
+        scene.now += TELL_SECONDS
+        assert full(scene)
+    assert told == [0, 1, 3, 3 + TELL_SECONDS]
+    assert [entry["event"] for entry in logs] == ["no_descriptors"] * 2  # a line a minute
+
+
+def test_x23_a_system_without_descriptors_is_told_of_once_in_a_pause(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.call()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", lambda _: (_ for _ in ()).throw(OSError(errno.ENFILE, "Too many open files in system")))
+        assert full(scene)
+        with pytest.raises(BlockingIOError):
+            scene.accept()
+        scene.now += 1
+        assert full(scene)
+    scene.now += 1
+    scene.accept()
+
+
+@pytest.mark.parametrize(("limit", "most"), [(1024, 960), (80, 60), (resource.RLIM_INFINITY, sys.maxsize)])
+def test_a_share_of_the_descriptors_is_not_for_connections(monkeypatch: pytest.MonkeyPatch, limit: int, most: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert most_descriptors() == most

@@ -191,12 +191,15 @@ def _clean(text: str) -> str:
 async def read_multipart(request: Request, open_part: OpenPart, *, cap: int, parts: int, blocking: bool) -> None:
     """Feed a multipart body to the sinks that `open_part` chooses. `blocking`: sinks write to disk, so they are fed off the event loop."""
     receiver = _Receiver(_boundary(request), open_part, parts)
-    async for piece in stream(request, cap):
-        if blocking:
-            await asyncio.to_thread(receiver.feed, piece)
-        else:
-            receiver.feed(piece)
-    receiver.finish()
+    try:
+        async for piece in stream(request, cap):
+            if blocking:
+                await asyncio.to_thread(receiver.feed, piece)
+            else:
+                receiver.feed(piece)
+        receiver.finish()
+    finally:
+        receiver.close()
 
 
 def _boundary(request: Request) -> bytes:
@@ -238,6 +241,10 @@ class _Receiver:
     def finish(self) -> None:
         if not self._complete:
             raise MultipartInvalid("The multipart body ends before its closing boundary.")
+
+    def close(self) -> None:
+        """It and its parser know each other: without this, all that the sinks hold would stay until the next collection, which is seldom."""
+        del self._parser
 
     def _begin(self) -> None:
         self._parts_left -= 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -228,6 +230,32 @@ def test_parts_go_to_their_sinks_in_order(blocking: bool) -> None:
     wanted = [("a", True, b"1\r\n--2"), ("b", False, b""), ("a", True, b"\0" * 500)]
     assert multipart(data, blocking=blocking) == wanted
     assert multipart([data[at : at + 1] for at in range(len(data))]) == wanted
+
+
+@pytest.mark.parametrize("data", [form(part("a", b"1")), part("a", b"1"), form(part("a", b"1"), part("unwanted", b"2"))], ids=["read", "cut off", "refused"])
+def test_p5_what_the_parts_held_is_gone_with_the_request_and_waits_for_no_collection(data: bytes) -> None:
+    class Part(Capped):
+        pass
+
+    made = []
+
+    def open_part(name: str, _: bool) -> Sink:
+        if name == "unwanted":
+            raise UnexpectedField
+        sink = Part(name, 1000)
+        made.append(weakref.ref(sink))
+        return sink
+
+    async def receive() -> None:
+        with suppress(Problem):
+            await read_multipart(request(MULTIPART, data), open_part, cap=10**7, parts=3, blocking=False)
+
+    gc.disable()
+    try:
+        asyncio.run(receive())
+        assert [reference() for reference in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_the_boundary_may_be_quoted_and_the_ends_may_hold_noise() -> None:

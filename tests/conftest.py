@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -40,13 +40,13 @@ def _each_program_is_made_once() -> Iterator[None]:
     """
     made: dict[tuple[str, ...], nn.Module] = {}
 
-    def serving_once(guard: Guard, images: Tensor, threads: int, most: int) -> nn.Module:
+    def serving_once(guard: Guard, images: Tensor, threads: int, most: int, faithful: Callable[[nn.Module], bool]) -> nn.Module:
         weights = hashlib.sha256()
         for value in guard.state_dict().values():
             weights.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         key = (weights.hexdigest(), repr(guard), repr((guard.cuts, guard.scales, guard.c, guard.preprocessing)), str(threads))
         if key not in made:
-            made[key] = serving(guard, images, threads, most)
+            made[key] = serving(guard, images, threads, most, faithful)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -35,7 +35,7 @@ def test_what_is_free_between_pieces_that_stay_goes_back_to_the_system() -> None
 def test_a_gpu_prepares_for_the_largest_batch_that_the_server_sends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[int] = []
 
-    def serve(guard: Guard, images: Tensor, threads: int, most: int) -> nn.Module:
+    def serve(guard: Guard, images: Tensor, threads: int, most: int, faithful: object) -> nn.Module:
         prepared.append(most)
         return guard
 

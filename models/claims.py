@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -35,14 +35,23 @@ def claim(folder: Path) -> int | None:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder that is new, whatever becomes of its name."""
-    handle = claim(folder)
+def claimed(make: Callable[[], Path]) -> Iterator[Path]:
+    """Make a folder and hold it, whatever becomes of its name. make: makes one under a new name; asked again where a collection came before the claim."""
+    while (handle := _claim_new(folder := make())) is None:
+        pass
     try:
-        yield
+        yield folder
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
+
+
+def _claim_new(folder: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        handle = claim(folder)
+        if handle is None or folder.exists():
+            return handle
+        os.close(handle)  # of a folder that was removed before it was locked
+    return None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -80,13 +80,13 @@ class Registry:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """An empty folder to write a bundle into; removed at the end unless it was published."""
-        with storage_errors():
-            folder = Path(tempfile.mkdtemp(dir=self._staging))
-        try:
-            with claimed(folder):
+        with ExitStack() as held:
+            with storage_errors():
+                folder = held.enter_context(claimed(lambda: Path(tempfile.mkdtemp(dir=self._staging))))
+            try:
                 yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, guard: str, staged: Path) -> int:
         """Give a complete staged bundle the next version number of a guard: one that none of its versions ever had."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -121,12 +120,12 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         """Upload a suspect and a clean set. The files are read before the answer, so that what is wrong with them is said at once."""
         key = request.headers.get("idempotency-key") or None
         await admin.jobs.room(key)
-        job_id = secrets.token_hex(12)
-        folder = admin.worker.uploads / job_id
         accepted = False
         with ExitStack() as held:
+            folder = await uploads.new_folder(admin.worker.uploads, held)
+            job_id = folder.name
             try:
-                config, digest = await uploads.receive(request, uploads.CALIBRATION, CalibrationConfig, folder, held, **admin.caps)
+                config, digest = await uploads.receive(request, uploads.CALIBRATION, CalibrationConfig, folder, **admin.caps)
                 with _logged_as(request):
                     await admin.worker.check(job_id, config.model_dump())
                 await asyncio.to_thread(sync_files, folder)  # what is acknowledged outlasts a loss of power
@@ -146,10 +145,10 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
     @routes.post("/inspections", openapi_extra=uploads.INSPECTION.openapi(InspectionConfig))
     async def inspection(request: Request) -> dict[str, Any]:
         """What a checkpoint is: format, architecture, classes and, with clean images, its preprocessing and accuracy. Nothing is kept."""
-        folder = admin.worker.uploads / secrets.token_hex(12)
         with ExitStack() as held:
+            folder = await uploads.new_folder(admin.worker.uploads, held)
             try:
-                config, _ = await uploads.receive(request, uploads.INSPECTION, InspectionConfig, folder, held, **admin.caps)
+                config, _ = await uploads.receive(request, uploads.INSPECTION, InspectionConfig, folder, **admin.caps)
                 with _logged_as(request):
                     return await admin.worker.inspect(folder, config.model_dump())
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -62,19 +63,25 @@ class _HashedFile:
         self._stream.write(data)
 
 
-async def receive(request: Request, form: Form, model: type[M], folder: Path, held: ExitStack, *, upload_bytes: int, json_bytes: int) -> tuple[M, str]:
-    """Stream the parts of an upload into a new folder; returns the configuration and a digest of everything. Raises a Problem.
+async def new_folder(parent: Path, held: ExitStack) -> Path:
+    """A folder for one upload, under a name that nobody guesses. Until `held` is closed, no server takes it for one that a crash left behind."""
 
-    Until `held` is closed, no server takes the folder for one that a crash left behind.
-    """
+    def make() -> Path:
+        folder = parent / secrets.token_hex(12)
+        folder.mkdir(parents=True)
+        return folder
+
+    with storage_errors():
+        return await asyncio.to_thread(held.enter_context, claimed(make))
+
+
+async def receive(request: Request, form: Form, model: type[M], folder: Path, *, upload_bytes: int, json_bytes: int) -> tuple[M, str]:
+    """Stream the parts of an upload into a folder; returns the configuration and a digest of everything. Raises a Problem."""
     parts = f"`config`, {', '.join(f'`{name}`' for name in form.files)}"
     if media_type(request) != "multipart/form-data":
         raise MediaType(f"Send multipart/form-data with the parts {parts}; needed are {', '.join(form.required)}.")
     digests, text = {name: hashlib.sha256() for name in form.files}, Capped("config", json_bytes)
     seen: set[str] = set()
-    with storage_errors():
-        await asyncio.to_thread(folder.mkdir, parents=True)
-        held.enter_context(claimed(folder))
     with storage_errors(), ExitStack() as files:  # closing a file writes what was still buffered
 
         def open_part(name: str, is_file: bool) -> Sink:

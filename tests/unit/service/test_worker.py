@@ -289,7 +289,7 @@ def test_what_is_being_received_is_not_taken_for_left_behind(tmp_path: Path, mon
     async def test(worker: Worker, _: Jobs) -> None:
         monkeypatch.setattr(worker, "_work", lambda _: asyncio.sleep(0))
         (worker.uploads / "received").mkdir(parents=True)
-        with claimed(worker.uploads / "received"):
+        with claimed(lambda: worker.uploads / "received"):
             await worker.start()
             assert [folder.name for folder in worker.uploads.iterdir()] == ["received"]
 
@@ -313,7 +313,7 @@ def test_an_upload_that_is_acknowledged_while_the_place_is_taken_keeps_its_files
             return known
 
         with ExitStack() as holding:
-            holding.enter_context(claimed(worker.uploads / "uploaded"))
+            holding.enter_context(claimed(lambda: worker.uploads / "uploaded"))
             monkeypatch.setattr(jobs, "in_state", late)
             await worker.start()
         assert [folder.name for folder in worker.uploads.iterdir()] == ["uploaded"]

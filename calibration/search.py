@@ -7,6 +7,7 @@ the threshold stands. With the chosen setting the validation images then tell ho
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -18,7 +19,7 @@ from calibration.canary import KINDS, LEAST, Canary, Planted, Trigger, draw_all,
 from calibration.config import Budget
 from calibration.finetune import Advance, LabelledPixels, accuracy
 from calibration.resume import Made, Resume
-from calibration.workshop import Workshop
+from calibration.workshop import Assembly, Workshop
 from models.guard import Guard
 from models.threshold import conformal_threshold
 
@@ -113,8 +114,24 @@ def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], advance: 
     return canary
 
 
-def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, advance: Advance = lambda _: None) -> dict[Setting, Guard]:
-    """A guard of `network` for every setting of a budget: each kind of expert and of auxiliary is trained once."""
+class Guards(Mapping[Setting, Guard]):
+    """A guard of one network for every setting: put together when it is asked for, and kept by nobody, of experts and auxiliaries that are kept as served."""
+
+    def __init__(self, assembly: Assembly, experts: dict[float, list[nn.Module]], auxiliaries: dict[float, nn.Module]) -> None:
+        self._assembly, self._experts, self._auxiliaries = assembly, experts, auxiliaries
+
+    def __getitem__(self, setting: Setting) -> Guard:
+        return self._assembly(self._experts[setting.expert_stop], self._auxiliaries[setting.auxiliary_lr])
+
+    def __iter__(self) -> Iterator[Setting]:
+        return (Setting(stop, lr) for stop, lr in product(self._experts, self._auxiliaries))
+
+    def __len__(self) -> int:
+        return len(self._experts) * len(self._auxiliaries)
+
+
+def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, advance: Advance = lambda _: None) -> Guards:
+    """Guards of `network` for the settings of a budget: each kind of expert and of auxiliary is trained once."""
     stops, rates = STOPS[budget], HOTTEST[budget]
     parts, done = len(stops) + 2 * len(rates), 0
 
@@ -124,12 +141,12 @@ def make_guards(workshop: Workshop, network: nn.Module, budget: Budget, advance:
     experts: dict[float, list[nn.Module]] = {}
     auxiliaries: dict[float, nn.Module] = {}
     for stop in stops:
-        experts[stop], _, _ = workshop.experts(network, stop, within(1))
+        experts[stop] = workshop.as_served(workshop.experts(network, stop, within(1))[0])
         done += 1
     for lr in rates:
-        auxiliaries[lr], _, _ = workshop.auxiliary(network, lr, within(2))
+        (auxiliaries[lr],) = workshop.as_served([workshop.auxiliary(network, lr, within(2))[0]])
         done += 2
-    return {Setting(stop, lr): workshop.guard(network, experts[stop], auxiliaries[lr]) for stop, lr in product(stops, rates)}
+    return Guards(Assembly(workshop, network), experts, auxiliaries)
 
 
 def stamp(trigger: Trigger, images: LabelledPixels, predicted: Tensor) -> LabelledPixels:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from calibration.finetune import Advance, Curve, LabelledPixels, accuracy, finite, train_auxiliary, train_tails
-from calibration.fusion import fuse, lower
+from calibration.fusion import equipped, fit_distances, fuse
 from calibration.material import Material
 from calibration.recipes import AutoRecipe
 from models import trunk
 from models.errors import TrainingDiverged
 from models.guard import Cuts, Guard
+from models.lowering import lowered
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,25 @@ class Workshop:
 
     def guard(self, network: nn.Module, experts: Sequence[nn.Module], auxiliary: nn.Module) -> Guard:
         """With the fused score where the network can be cut, with the published one where not."""
-        guard = Guard(network, experts, auxiliary, self.material.preprocessing, cuts=self.cuts, c=self.recipe.c)
-        if self.cuts is None:
-            return guard
-        return fuse(lower(guard, self.material.device), self.material.fit, self.held_back, self.material.num_classes, self.recipe.asked)
+        return Assembly(self, network)(self.as_served(experts), *self.as_served([auxiliary]))
+
+    def as_served(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
+        """Experts or auxiliaries as a guard has them; without cuts, as they are."""
+        return list(networks) if self.cuts is None else [lowered(network, self.material.device) for network in networks]
+
+
+class Assembly:
+    """Puts guards of one network together, whose training is over. What they share is made once: the folded network and the distances of its features."""
+
+    def __init__(self, workshop: Workshop, network: nn.Module) -> None:
+        self._workshop, material = workshop, workshop.material
+        self._bare = Guard(network, [], nn.Identity(), material.preprocessing, cuts=workshop.cuts, c=workshop.recipe.c)
+        self._distances = [] if workshop.cuts is None else fit_distances(self._bare, material.fit, material.num_classes)
+
+    def __call__(self, experts: Sequence[nn.Module], auxiliary: nn.Module) -> Guard:
+        """Experts and auxiliary are as `Workshop.as_served` gives them."""
+        guard = equipped(self._bare, experts, auxiliary)
+        return guard if self._workshop.cuts is None else fuse(guard, self._distances, self._workshop.held_back, self._workshop.recipe.asked)
 
 
 def choose_cuts(network: nn.Module, example: Tensor, recipe: AutoRecipe) -> tuple[Cuts | None, float]:

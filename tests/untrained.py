@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from calibration.finetune import LabelledPixels
-from calibration.fusion import fuse
+from calibration.fusion import fit_distances, fuse
 from models import architectures
 from models.guard import Cuts, Guard
 from models.preprocessing import Preprocessing
@@ -29,7 +29,7 @@ def untrained_guard() -> Guard:
             parameter.data += 0.02 * torch.randn_like(parameter)
     plain = Guard(suspect, experts, auxiliary, Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)), cuts=cuts)
     clean = LabelledPixels(PIXELS[:64], torch.arange(64) % 10)
-    return fuse(plain, clean, LabelledPixels(PIXELS[64:], torch.arange(32) % 10), 10, asked=1 / 3)
+    return fuse(plain, fit_distances(plain, clean, 10), LabelledPixels(PIXELS[64:], torch.arange(32) % 10), asked=1 / 3)
 
 
 def untrained_published_guard() -> Guard:

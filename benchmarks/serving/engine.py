@@ -32,7 +32,7 @@ from benchmarks.evaluate import evaluate
 from benchmarks.serving.naive import Naive
 from benchmarks.zoo import Entry, load
 from calibration.finetune import LabelledPixels
-from calibration.fusion import fuse, lower
+from calibration.fusion import fit_distances, fuse, lower
 from calibration.recipes import auto_recipe
 from calibration.workshop import choose_cuts
 from models import architectures
@@ -75,7 +75,7 @@ def untrained(architecture: str, device: torch.device, classes: int = 10) -> tup
     clean = LabelledPixels(pixels.to(device), torch.arange(len(pixels), device=device) % classes)
     auxiliary = copy.deepcopy(suspect)
     guard = lower(Guard(suspect, experts, auxiliary, preprocessing, cuts=cuts), device)
-    return fuse(guard, clean, clean, classes, recipe.asked), pixels, {}
+    return fuse(guard, fit_distances(guard, clean, classes), clean, recipe.asked), pixels, {}
 
 
 class Alone(nn.Module):

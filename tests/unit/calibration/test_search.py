@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ import pytest
 import torch
 from torch import nn
 
+from calibration import fusion
 from calibration.canary import draw
 from calibration.finetune import LabelledPixels
 from calibration.material import Material
 from calibration.recipes import AutoRecipe
 from calibration.resume import Resume
-from calibration.search import MARGIN, MOST_STAMPED, Caught, Setting, caught, choose, plant_by_recipe, search, stamp, worst
+from calibration.search import MARGIN, MOST_STAMPED, Caught, Setting, caught, choose, make_guards, plant_by_recipe, search, stamp, worst
 from calibration.split import Parts
-from calibration.workshop import Workshop
+from calibration.workshop import Workshop, choose_cuts
+from models import guard
 from models.preprocessing import Preprocessing
 from tests.support import thin_resnet
 from tests.untrained import PIXELS, untrained_guard
@@ -93,6 +96,37 @@ def test_where_no_rate_leaves_the_copy_its_task_nothing_was_planted_and_the_defa
     assert (found.chosen, found.tried) == (DEFAULT, [])
     assert {(each.took, each.why_not, each.power) for each in found.canaries} == {(False, "the copy lost the task", None)}
     assert found.copy["accuracy"] < 0.75 * found.copy["suspect_accuracy"]
+
+
+def test_guards_of_all_settings_share_what_is_the_networks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what a guard made alone would be; the network is folded once, and distances are fitted once to each place."""
+    torch.manual_seed(0)
+    suspect = thin_resnet(8, 4).eval()
+    bench = workshop(suspect, expert_steps=5, auxiliary_epochs=1, experts=1)
+    cuts, _ = choose_cuts(suspect, bench.material.preprocessing.normalise(bench.material.fit.pixels[:1]), bench.recipe)
+    assert cuts is not None
+    bench = replace(bench, cuts=cuts)
+    (expert,), _, _ = bench.experts(suspect, 0.4, lambda _: None)
+    auxiliary, _, _ = bench.auxiliary(suspect, 0.03, lambda _: None)
+    calls = Counter[str]()
+
+    def counted(module: ModuleType, name: str) -> None:
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: (calls.update([name]), plain(*given))[1])
+
+    counted(guard, "folded")
+    counted(fusion, "fit_distance")
+    guards = make_guards(bench, suspect, "standard")
+    made = list(guards.values())
+    assert list(guards) == [Setting(stop, lr) for stop in (0.2, 0.4) for lr in (0.1, 0.03)]
+    assert calls == {"folded": len(cuts.all) + 1, "fit_distance": len(cuts.places)}
+    assert len({id(part) for each in made for part in each.parts}) == len(cuts.all) + 1
+    alone = bench.guard(suspect, [expert], auxiliary)
+    assert made[-1].scales == alone.scales
+    assert made[-1].scales != made[0].scales
+    assert all(value.equal(alone.state_dict()[name]) for name, value in made[-1].state_dict().items())
+    one, other = (each.judge(bench.held_back.pixels).score for each in (made[-1], alone))
+    assert one.equal(other)
 
 
 def test_without_canaries_the_default_is_taken() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.finetune import LabelledPixels
-from calibration.fusion import fuse
+from calibration.fusion import fit_distances, fuse
 from models import architectures, bundle, trunk
 from models.errors import BundleNotReady
 from models.guard import Cuts, Fusion, Guard, Scales
@@ -41,7 +41,7 @@ def make(folder: Path, seed: int = 0, cut: bool = True) -> tuple[Guard, str]:
     if cut:
         pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
         clean = LabelledPixels(pixels, torch.arange(64) % 10)
-        guard = fuse(guard, clean, LabelledPixels(pixels[:20], clean.labels[:20]), 10, asked=0.5)
+        guard = fuse(guard, fit_distances(guard, clean, 10), LabelledPixels(pixels[:20], clean.labels[:20]), asked=0.5)
     scores = torch.rand(200, dtype=torch.float64)
     description = bundle.Description(
         architecture="resnet20",

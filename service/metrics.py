@@ -9,6 +9,12 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 MOST_CLASSES = 100  # rejections are counted by predicted class up to here; classes beyond share the label "other"
+# What becomes of an image that is here completely: a verdict, the code of the problem that ended it, or nothing, since its sender has left.
+IMAGE_OUTCOMES = (
+    *("accepted", "rejected"),
+    *("image_format", "image_mode", "image_too_complex", "image_too_large", "image_too_small", "image_undecodable"),
+    *("overloaded", "deadline_exceeded", "device_failed", "score_not_finite", "draining", "internal", "abandoned"),
+)
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _MARGINS = (-20, -10, -5, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 5, 10, 20)
 
@@ -25,6 +31,8 @@ class Metrics:
         self.threshold = Gauge("badexpert_threshold", "Threshold in force.", ["guard"], registry=r)
         self.target_fpr = Gauge("badexpert_target_fpr_ratio", "Promised share of clean images that are rejected.", ["guard"], registry=r)
         self.guard_info = Gauge("badexpert_guard_info", "1 for the version being served.", ["guard", "version", "bundle_id", "mode"], registry=r)
+        images = Counter("badexpert_images", "Images received, by what became of each.", ["outcome"], registry=r)
+        self._image_outcomes = {outcome: images.labels(outcome) for outcome in IMAGE_OUTCOMES}
         self.requests = Counter("badexpert_http_requests", "Requests answered.", ["method", "route", "status"], registry=r)
         self.request_seconds = Histogram(
             "badexpert_http_request_seconds", "From the request's head to the end of the answer.", ["method", "route"], buckets=_SECONDS, registry=r
@@ -47,6 +55,10 @@ class Metrics:
         self.calibrations_running = Gauge("badexpert_calibrations_running", "Calibrations running.", registry=r)
         self.jobs_available = Gauge("badexpert_jobs_available", "1 while the job database can be used.", registry=r)
         self.ready = Gauge("badexpert_ready", "1 when ready for traffic.", registry=r)
+
+    def count_image(self, outcome: str) -> None:
+        """One of IMAGE_OUTCOMES; any other makes no series of its own."""
+        self._image_outcomes.get(outcome, self._image_outcomes["internal"]).inc()
 
     def render(self) -> bytes:
         """The exposition, text format 0.0.4."""

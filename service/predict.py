@@ -9,12 +9,15 @@ import asyncio
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import structlog
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
@@ -28,6 +31,7 @@ from service.metrics import MOST_CLASSES, Metrics
 from service.traffic import Traffic
 from service.views import GuardList, GuardView, GuardViews
 
+log = structlog.get_logger()
 ImageBatcher = Batcher[LiveGuard, Tensor, Outcome]
 _MILLISECONDS = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
@@ -129,15 +133,47 @@ class Judge:
         return asyncio.get_running_loop().time() + seconds
 
     async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool, *, alone: bool) -> Verdict:
-        """Raises a Problem wherever no complete, finite judgement was reached in time."""
-        with self.traffic.judging():
-            began = time.perf_counter()
-            pixels = await self.images.pixels(data, live.description.preprocessing, deadline, alone=alone)
-            self.metrics.decode_seconds.observe(time.perf_counter() - began)
-            outcome = await self.batcher.submit(live, pixels, deadline)
-        if not (math.isfinite(outcome.score) and math.isfinite(outcome.confidence)):
-            raise ScoreNotFinite
-        return self._verdict(live, outcome, request_id, explain)
+        """Raises a Problem wherever no complete, finite judgement was reached in time. Counts the image by what becomes of it."""
+        try:
+            with self.traffic.judging():
+                began = time.perf_counter()
+                pixels = await self.images.pixels(data, live.description.preprocessing, deadline, alone=alone)
+                self.metrics.decode_seconds.observe(time.perf_counter() - began)
+                outcome = await self.batcher.submit(live, pixels, deadline)
+            if not (math.isfinite(outcome.score) and math.isfinite(outcome.confidence)):
+                raise ScoreNotFinite
+            verdict = self._verdict(live, outcome, request_id, explain)
+        except ClientDisconnect:
+            self.metrics.count_image("abandoned")
+            raise
+        except Exception as error:
+            self.metrics.count_image(error.code if isinstance(error, Problem) else Problem.code)
+            raise
+        self.metrics.count_image(verdict.verdict)
+        return verdict
+
+    async def several(self, request: Request, guard: str, explain: bool) -> BatchVerdicts:
+        """The answers to a request with several images. One that fails leaves the others as they are."""
+        self.authorise(request, explain)
+        live, deadline, request_id = self.live(guard), self.deadline(request), request.state.request_id
+
+        async def item(data: bytes) -> BatchItem:
+            try:
+                return BatchItem(result=await self.judge(live, data, deadline, request_id, explain, alone=False))
+            except Problem as problem:
+                return _unjudged(problem)
+            except ClientDisconnect:
+                raise
+            except Exception:
+                log.exception("unforeseen", request_id=request_id)
+                return _unjudged(Problem())
+
+        with self.images.budget.hold() as hold:
+            items = list(await asyncio.gather(*map(item, await self.images.several(request, hold))))
+        failed = Counter(item.problem.code for item in items if item.problem is not None and item.problem.status >= 500)
+        for code, images in failed.items():  # a line each, and not one for every image
+            log.warning("request_failed", request_id=request_id, code=code, images=images)
+        return BatchVerdicts(items=items)
 
     def _verdict(self, live: LiveGuard, outcome: Outcome, request_id: str, explain: bool) -> Verdict:
         description = live.description
@@ -164,6 +200,10 @@ class Judge:
             request_id=request_id,
             explanation=explanation if explain else None,
         )
+
+
+def _unjudged(problem: Problem) -> BatchItem:
+    return BatchItem(problem=BatchItemProblem(status=problem.status, code=problem.code, title=problem.title, detail=problem.detail))
 
 
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
@@ -224,18 +264,7 @@ def router(judge: Judge, views: GuardViews) -> APIRouter:
     @routes.post("/{guard}/predict-batch", openapi_extra=_BATCH_BODY)
     async def predict_batch(request: Request, guard: str, explain: Explain = False) -> BatchVerdicts:
         """Judge several images, a verdict or a problem each, in order. All are judged by the same bundle."""
-        judge.authorise(request, explain)
-        live = judge.live(guard)
-        deadline = judge.deadline(request)
-
-        async def item(data: bytes) -> BatchItem:
-            try:
-                return BatchItem(result=await judge.judge(live, data, deadline, request.state.request_id, explain, alone=False))
-            except Problem as problem:
-                return BatchItem(problem=BatchItemProblem(status=problem.status, code=problem.code, title=problem.title, detail=problem.detail))
-
-        with judge.images.budget.hold() as hold:
-            return BatchVerdicts(items=list(await asyncio.gather(*map(item, await judge.images.several(request, hold)))))
+        return await judge.several(request, guard, explain)
 
     @routes.get("")
     async def guards(request: Request) -> GuardList:

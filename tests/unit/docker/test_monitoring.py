@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from service.metrics import NAMES
+from models.errors import all_problems
+from service.errors import Overloaded
+from service.metrics import IMAGE_OUTCOMES, NAMES
 from tests.deployment import DOCKER, load, services
 
 
@@ -52,6 +54,14 @@ def test_alerts_and_dashboard_ask_only_for_metrics_that_the_service_has(expressi
     assert names
     assert all(name.startswith("badexpert_") for name in names)
     assert names <= NAMES
+
+
+def test_every_problem_of_the_server_that_ends_an_image_has_an_alert_and_the_answers_to_mistakes_have_none() -> None:
+    (expression,) = (rule["expr"] for rule in alert_rules() if rule["alert"] == "BadExpertImagesNotJudged")
+    asked = re.search(r'outcome=~"([a-z_|]+)"', expression)
+    assert asked
+    ours = {kind.code for kind in all_problems() if kind.status >= 500} | {Overloaded.code}
+    assert set(asked[1].split("|")) == set(IMAGE_OUTCOMES) & ours
 
 
 def test_every_alert_says_what_it_means_and_how_urgent_it_is() -> None:

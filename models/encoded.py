@@ -51,8 +51,10 @@ def check_chunks(png: bytes) -> None:
     """Raises ImageTooComplex for a PNG of too many chunks, or of too many that unpack to a thousand times their size and more."""
     if png.count(b"iCCP") > MOST_PROFILES:
         raise ImageTooComplex("The PNG has several colour profiles; save it anew, with one or none.")
+    if len(png) <= 12 * MOST_CHUNKS:  # 12 bytes is the least that a chunk has
+        return
     at = 8
-    for _ in range(min(MOST_CHUNKS, len(png) // 12) + 1):  # 12 bytes is the least that a chunk has
+    for _ in range(MOST_CHUNKS + 1):
         if png[at + 4 : at + 8] in (b"", b"IEND"):
             return
         at += 12 + int.from_bytes(png[at : at + 4], "big")

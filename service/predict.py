@@ -24,6 +24,7 @@ from torch import Tensor
 from models.errors import NotFound, Problem, ScoreNotFinite
 from service.auth import Authenticator
 from service.batcher import Batcher
+from service.caller import Caller, caller_of
 from service.engine import Engine, LiveGuard, Outcome
 from service.errors import DeadlineInvalid, Forbidden, NoActiveBundle
 from service.images import Images
@@ -112,7 +113,8 @@ class Judge:
         self.authorise(request, explain)
         live, deadline = self.live(guard), self.deadline(request)
         with self.images.budget.hold() as hold:
-            verdict = await self.judge(live, await self.images.one(request, hold), deadline, request.state.request_id, explain, alone=True)
+            data = await self.images.one(request, hold)
+            verdict = await self.judge(live, data, deadline, request.state.request_id, explain, caller_of(request.scope), alone=True)
         return Response(verdict.model_dump_json(), media_type="application/json")  # FastAPI would validate it once more
 
     def live(self, guard: str) -> LiveGuard:
@@ -132,14 +134,14 @@ class Judge:
             seconds = min(seconds, int(wanted) / 1000)
         return asyncio.get_running_loop().time() + seconds
 
-    async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool, *, alone: bool) -> Verdict:
-        """Raises a Problem wherever no complete, finite judgement was reached in time. Counts the image by what becomes of it."""
+    async def judge(self, live: LiveGuard, data: bytes, deadline: float, request_id: str, explain: bool, caller: Caller, *, alone: bool) -> Verdict:
+        """Raises a Problem wherever no complete, finite judgement was reached in time, or ClientDisconnect. Counts the image by what becomes of it."""
         try:
             with self.traffic.judging():
                 began = time.perf_counter()
                 pixels = await self.images.pixels(data, live.description.preprocessing, deadline, alone=alone)
                 self.metrics.decode_seconds.observe(time.perf_counter() - began)
-                outcome = await self.batcher.submit(live, pixels, deadline)
+                outcome = await self.batcher.submit(live, pixels, deadline, caller)
             if not (math.isfinite(outcome.score) and math.isfinite(outcome.confidence)):
                 raise ScoreNotFinite
             verdict = self._verdict(live, outcome, request_id, explain)
@@ -155,11 +157,11 @@ class Judge:
     async def several(self, request: Request, guard: str, explain: bool) -> BatchVerdicts:
         """The answers to a request with several images. One that fails leaves the others as they are."""
         self.authorise(request, explain)
-        live, deadline, request_id = self.live(guard), self.deadline(request), request.state.request_id
+        live, deadline, request_id, caller = self.live(guard), self.deadline(request), request.state.request_id, caller_of(request.scope)
 
         async def item(data: bytes) -> BatchItem:
             try:
-                return BatchItem(result=await self.judge(live, data, deadline, request_id, explain, alone=False))
+                return BatchItem(result=await self.judge(live, data, deadline, request_id, explain, caller, alone=False))
             except Problem as problem:
                 return _unjudged(problem)
             except ClientDisconnect:

@@ -15,6 +15,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from service.caller import Caller
 from service.engine import Engine, LiveGuard, Outcome
 from tests.abuse.calls import GUARD, PREDICT, UPLOAD, row, unread
 from tests.support import MULTIPART, Client, assert_problem, form, make_service, part, png, serving
@@ -212,6 +213,35 @@ def test_p5_the_bytes_of_a_request_are_given_back_however_it_ends(tmp_path: Path
         assert isinstance(client.service.engine, Gated)
         client.service.engine.gate.release(10)
         client.assert_serves()
+
+
+@pytest.mark.parametrize("target", [PREDICT, BATCH])
+def test_g7_what_a_caller_wanted_who_has_left_is_given_up_and_its_bytes_are_free_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    caller = Caller()
+    with serving(make_service(tmp_path, Gated, **SMALL)) as client:
+        service = client.service
+        assert isinstance(service.engine, Gated)
+        tasks = admitted(client, 1)
+        monkeypatch.setattr("service.predict.caller_of", lambda _: caller)
+
+        async def leave() -> None:
+            held = service.images.budget.held
+            task = asyncio.create_task(client.call("POST", target, AS_FORM, form(part("image", png(seed=1)))))
+            async with asyncio.timeout(10):
+                while service.batcher.waiting < 1:
+                    await asyncio.sleep(0.001)
+                caller.leave()
+                await asyncio.wait([task])
+            assert isinstance(task.exception(), AssertionError)  # of the client: nobody was answered
+            assert (service.batcher.waiting, service.images.budget.held) == (0, held)
+
+        client.runner.run(leave())
+        service.engine.gate.release(10)
+        assert answered(client, tasks) == [200]
+        assert service.engine.images == 1
+        found = client("GET", "/metrics").text
+        assert 'badexpert_images_total{outcome="abandoned"} 1.0' in found
+        assert 'status="499"} 1.0' in found
 
 
 class Raising(Engine):

@@ -65,8 +65,9 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Calibration of {html.escape(report['guard'])}</title><style>{_STYLE}</style></head><body>"
         f"<h1>Calibration of {html.escape(report['guard'])}</h1>"
-        f'<p class="promise">Of clean images like those it was calibrated on, this guard rejects <b>{threshold.target_fpr:.2%}</b>: '
-        f"by its {threshold.n} validation images, between <b>{low:.2%}</b> and <b>{high:.2%}</b> of the next {COUNTED:,} with 90% probability.</p>"
+        f'<p class="promise">Of clean images like those it was calibrated on, this guard rejects at most <b>{threshold.target_fpr:.2%}</b>, '
+        f"{threshold.expected:.2%} on average: by its {threshold.n} validation images, between <b>{low:.2%}</b> and <b>{high:.2%}</b> of the next {COUNTED:,} "
+        "with 90% probability.</p>"
         f"{warnings}<h2>What was calibrated</h2><table>{table}</table>{_canaries(report)}<h2>What it looks like</h2>{figures}"
         f'<p class="quiet">The promise is about clean images. How many triggered images are caught depends on the attack, and no clean set can tell.</p>'
         "</body></html>\n"

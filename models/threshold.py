@@ -36,6 +36,11 @@ class Threshold:
     rank: int
     interval: tuple[float, float]
 
+    @property
+    def expected(self) -> float:
+        """The share of clean images that is rejected, on average over validation sets."""
+        return self.rank / (self.n + 1)
+
     def rejects(self, scores: Tensor) -> Tensor:
         """Which of these are rejected, bool, in the shape of `scores`. What is no number is: nothing is known of such an image."""
         return ~(scores >= self.value)

@@ -21,6 +21,7 @@ def test_the_threshold_rejects_exactly_rank_minus_one_validation_images(n: int, 
     found = conformal_threshold(scores, 0.01)
     assert found.rank == (n + 1) // 100
     assert int((scores < found.value).sum()) == found.rank - 1
+    assert found.expected == found.rank / (len(scores) + 1) <= found.target_fpr
 
 
 def test_the_promise_is_kept_on_average_and_lies_in_its_interval_nine_times_in_ten() -> None:

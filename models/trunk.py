@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import linecache
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,15 +69,31 @@ class _Multiplications(TorchDispatchMode):
         return result
 
 
+_ONE_AT_A_TIME = threading.RLock()  # a tracer takes the place of methods of all modules, and puts back what it found there
+
+
 class _Tracer(fx.Tracer):
-    """Takes for one step what cannot be traced through: blocks of transformers, and what timm marks so among its own."""
+    """Takes for one step what cannot be traced through: blocks of transformers, and what timm marks so among its own.
+
+    While it traces, the calls and attributes of all modules of the process come to it, also those of networks that serve meanwhile in other threads.
+    """
 
     proxy_buffer_attributes = True  # else what is computed from buffers (the index of a window's positions) is frozen under a new name each time
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         timm: Any = sys.modules.get("timm.layers")  # never imported here: a network of timm's has done so
         self.leaves = tuple(timm.get_notrace_modules()) if timm else ()
         super().__init__(autowrap_functions=tuple(timm.get_notrace_functions()) if timm else ())
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_module(m, forward, args, kwargs) if self._is_ours() else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._is_ours() else attr_val
+
+    def _is_ours(self) -> bool:
+        return threading.get_ident() == self.thread
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = isinstance(m, self.leaves) or type(m).__module__.startswith("transformers.")
@@ -100,7 +117,8 @@ class _Traced(fx.GraphModule):
 def trace(network: nn.Module) -> fx.GraphModule:
     """Its graph, in eval mode; the modules are its own. Raises CannotCut."""
     try:
-        return _Traced(network, _Tracer().trace(network.eval()))
+        with _ONE_AT_A_TIME:
+            return _Traced(network, _Tracer().trace(network.eval()))
     except Exception as error:  # what a forward raises when it meets a symbol instead of a tensor is up to that forward
         raise CannotCut(f"a {type(network).__name__} cannot be traced") from error
 

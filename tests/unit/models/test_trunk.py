@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from models import architectures
-from models.trunk import CannotCut, choose_cut, cuts, feature_cut, operations, places, split, tail_copy
+from models.trunk import CannotCut, choose_cut, cuts, feature_cut, operations, places, split, tail_copy, trace
 
 FAMILIES = ("resnet20", "resnet18_cifar", "resnet18", "vgg16_bn", "mobilenet_v2", "vit_b_16")
 
@@ -80,6 +81,29 @@ def test_a_cut_network_that_is_gone_leaves_nothing_behind() -> None:
         copy.deepcopy(tail_copy(network, cut))
         after.append(kept())
     assert after[2] == after[1]  # the first also fills caches that stay as they are
+
+
+def test_networks_compute_in_other_threads_while_one_is_traced() -> None:
+    serving, inputs, failed, done = architectures.get("resnet20").build(10).eval(), torch.zeros(1, 3, 32, 32), list[Exception](), threading.Event()
+    expected = serving(inputs)
+
+    def serve() -> None:
+        while not done.is_set():
+            try:
+                assert torch.equal(serving(inputs), expected)
+            except Exception as error:
+                failed.append(error)
+                return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(5):
+            trace(architectures.get("resnet20").build(10))
+    finally:
+        done.set()
+        thread.join()
+    assert failed == []
 
 
 def test_an_unknown_cut_is_refused() -> None:

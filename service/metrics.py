@@ -53,6 +53,9 @@ class Metrics:
         self.body_capacity = Gauge("badexpert_body_capacity_bytes", "Bytes of images that may be in memory.", registry=r)
         self.calibrations = Counter("badexpert_calibrations", "Calibrations ended.", ["outcome"], registry=r)
         self.calibrations_running = Gauge("badexpert_calibrations_running", "Calibrations running.", registry=r)
+        for outcome in ("succeeded", "failed", "cancelled"):
+            self.calibrations.labels(outcome)  # a series from the start: increase() sees the first
+        self.guard_unavailable = Gauge("badexpert_guard_unavailable", "1 for a guard whose active version could not be loaded.", ["guard"], registry=r)
         self.jobs_available = Gauge("badexpert_jobs_available", "1 while the job database can be used.", registry=r)
         self.ready = Gauge("badexpert_ready", "1 when ready for traffic.", registry=r)
 

@@ -13,7 +13,7 @@ from service.engine import Engine
 from service.errors import NotReady
 from service.health import Health
 from service.jobs import Jobs
-from service.metrics import Metrics
+from service.metrics import MOST_CLASSES, Metrics
 from service.predict import ImageBatcher
 
 
@@ -38,14 +38,18 @@ class Operations:
         m.body_capacity.set(self.bodies.most)
         m.ready.set(0 if self.health.not_ready() else 1)
         m.jobs_available.set(1 if self.jobs.available else 0)
-        for series in (m.guard_info, m.threshold, m.target_fpr):
+        for series in (m.guard_info, m.threshold, m.target_fpr, m.guard_unavailable):
             series.clear()
+        for name in self.health.unavailable():
+            m.guard_unavailable.labels(name).set(1)
         for live in self.engine.all_live():
             m.threshold.labels(live.name).set(live.threshold.value)
             m.target_fpr.labels(live.name).set(live.threshold.target_fpr)
             m.guard_info.labels(live.name, str(live.version), live.bundle_id[:12], live.mode).set(1)
             for verdict in ("accepted", "rejected"):
                 m.verdicts.labels(live.name, verdict)  # a series from the start: rate() sees the first rejection
+            for label in range(min(len(live.description.class_names), MOST_CLASSES)):
+                m.rejections.labels(live.name, str(label))
         return m.render()
 
 

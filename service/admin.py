@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +22,7 @@ from calibration.config import CalibrationConfig, InspectionConfig
 from models.durable import sync_files
 from models.errors import Conflict, NotFound, Problem
 from models.registry import Registry
-from models.threshold import LEAST_FPR, MOST_FPR
+from models.threshold import MOST_FPR
 from service import uploads
 from service.auth import Authenticator
 from service.bodies import read_model
@@ -29,6 +30,8 @@ from service.engine import Engine
 from service.jobs import ENDED, Job, Jobs
 from service.views import GuardView, GuardViews
 from service.worker import Worker
+
+log = structlog.get_logger()
 
 
 class Activation(BaseModel):
@@ -43,7 +46,7 @@ class GuardChange(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
     mode: Literal["enforce", "shadow"] | None = None
-    target_fpr: float | None = Field(None, ge=LEAST_FPR, le=MOST_FPR, description="null: the one that the version was calibrated for")
+    target_fpr: float | None = Field(None, gt=0, le=MOST_FPR, description="null: the one that the version was calibrated for")
 
     @property
     def own_target(self) -> bool:
@@ -185,9 +188,10 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 
     @routes.delete("/calibrations/{calibration}", status_code=202)
-    async def cancel(calibration: str) -> JobView:
+    async def cancel(request: Request, calibration: str) -> JobView:
         """Cancel a calibration that has not ended."""
         await admin.worker.cancel(calibration)
+        log.info("calibration_cancelled", job=calibration, request_id=request.state.request_id)
         return _view(await admin.jobs.get(calibration), admin.worker)
 
     @routes.put("/guards/{guard}/active", openapi_extra=_json_body(Activation))
@@ -195,6 +199,7 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         """Serve this version from now on. It is loaded and verified first; if that fails, the one before goes on serving."""
         wanted = await read_model(request, Activation, admin.json_bytes)
         await admin.change(admin.engine.activate, guard, wanted.version)
+        log.info("guard_activated", guard=guard, version=wanted.version, request_id=request.state.request_id)
         return await asyncio.to_thread(views.one, guard)
 
     @routes.patch("/guards/{guard}", openapi_extra=_json_body(GuardChange))
@@ -202,19 +207,22 @@ def router(admin: Admin, authenticator: Authenticator) -> APIRouter:
         """Change the mode or the target FPR; the validation scores are in the bundle, so nothing is calibrated again."""
         wanted = await read_model(request, GuardChange, admin.json_bytes)
         await admin.change(admin.engine.configure, guard, wanted.mode, wanted.target_fpr, wanted.own_target)
+        log.info("guard_changed", guard=guard, request_id=request.state.request_id, **wanted.model_dump(exclude_unset=True))
         return await asyncio.to_thread(views.one, guard)
 
     @routes.delete("/guards/{guard}/active", status_code=204)
-    async def deactivate(guard: str) -> None:
+    async def deactivate(request: Request, guard: str) -> None:
         """Serve no version any more, so that each can be deleted; images for this guard are refused from then on."""
         await admin.change(admin.engine.deactivate, guard)
+        log.info("guard_deactivated", guard=guard, request_id=request.state.request_id)
 
     @routes.delete("/guards/{guard}/versions/{version}", status_code=204)
-    async def remove(guard: str, version: str) -> None:
+    async def remove(request: Request, guard: str, version: str) -> None:
         """Delete a version that is not active."""
         if not version.isascii() or not version.isdecimal() or len(version) > 9:
             raise NotFound("There is no such version.")
         await asyncio.to_thread(admin.engine.registry.remove, guard, int(version))
+        log.info("version_deleted", guard=guard, version=int(version), request_id=request.state.request_id)
 
     return routes
 

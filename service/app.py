@@ -44,6 +44,7 @@ HUNG_SECONDS = 20.0  # one that runs longer than this, and than anybody waits, i
 DEVICE_LOST = 70  # the exit status that asks for a restart: EX_SOFTWARE of sysexits.h
 ANSWER_SECONDS, LAST_SECONDS = 1.0, 3.0  # until that exit: for answers to be on their way, and at most, for a calibration to be put back
 RETRY_SECONDS = 2.0  # until a job database that could not be used is tried again
+MOST_FAILURES = 100  # kinds of errors of the device that the log tells of
 YOUNG = 20_000  # objects until the youngest are collected: with Python's 700, what a few requests hold is walked time and again
 CLOSE_SECONDS = 0.5  # after the drain's time, for what is still to be closed
 
@@ -74,6 +75,7 @@ class Service:
             probe=self._probe,
         )
         self.health = Health(engine, self.batcher)
+        self._failures: set[str] = set()  # kinds of errors that the log has told of
         self._cause: str | None = None  # what the device answered when it was probed in vain
         self._drained_by: float | None = None
         self._worker_changes = asyncio.Lock()
@@ -86,7 +88,14 @@ class Service:
         self.app = Door(self.api, Envelope(predict.direct(self.judge, _on_problem), metrics, self.health), metrics, traffic)
 
     async def _run(self, live: LiveGuard, pixels: Sequence[Tensor]) -> Sequence[Outcome]:
-        return await asyncio.get_running_loop().run_in_executor(self._device, self.engine.run, live, list(pixels))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._device, self.engine.run, live, list(pixels))
+        except Exception as error:
+            kind = f"{type(error).__name__}: {error}"[:100]
+            if kind not in self._failures and len(self._failures) < MOST_FAILURES:  # a batch that fails is halved, and each part fails again
+                self._failures.add(kind)
+                log.exception("batch_failed", guard=live.name, version=live.version, images=len(pixels), detail="Told once for each kind of error.")
+            raise
 
     async def _probe(self) -> None:
         try:

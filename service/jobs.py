@@ -209,17 +209,23 @@ class Jobs:
 
         await self._do(requeue)
 
-    async def recover(self) -> None:
-        """What was running when the last server ended: queued again, or failed after too many attempts."""
+    async def recover(self) -> list[str]:
+        """What was running when the last server ended: queued again, or failed after too many attempts, whose ids are returned."""
 
-        def recover(connection: sqlite3.Connection) -> None:
-            problem = {"status": 500, "code": "internal", "title": "Internal error", "detail": "The server ended twice while this calibration ran."}
+        def recover(connection: sqlite3.Connection) -> list[str]:
+            problem = {
+                "status": 500,
+                "code": "internal",
+                "title": "Internal error",
+                "detail": "The server ended twice while this calibration ran; its memory may be too small for it.",
+            }
             with connection:
-                connection.execute(
-                    "UPDATE jobs SET state = 'failed', ended = ?, outcome = ? WHERE state = 'running' AND attempts >= ?",
+                given_up = connection.execute(
+                    "UPDATE jobs SET state = 'failed', ended = ?, outcome = ? WHERE state = 'running' AND attempts >= ? RETURNING id",
                     (time.time(), json.dumps(problem), MOST_ATTEMPTS),
-                )
+                ).fetchall()
                 connection.execute("UPDATE jobs SET state = 'queued', started = NULL WHERE state = 'running'")
+            return [job_id for (job_id,) in given_up]
 
         return await self._do(recover)
 

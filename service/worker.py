@@ -75,7 +75,9 @@ class Worker:
             if published is not None:
                 with suppress(Conflict):  # cancelled meanwhile: as it was decided
                     await self._jobs.end(stale.id, "succeeded", published)
-        await self._jobs.recover()  # only now: it may call a job failed
+        for job_id in await self._jobs.recover():  # only now: it may call a job failed
+            self._metrics.calibrations.labels("failed").inc()
+            log.error("calibration_given_up", job=job_id, detail="The server ended twice while it ran; its memory may be too small for it.")
         with all_unclaimed(list(self.uploads.iterdir())) as left:
             # Asked only now: another server may have acknowledged an upload and let its folder go a moment ago.
             known = {job.id for job in await self._jobs.in_state("queued", "running")}

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from models.errors import Problem
 from models.registry import check_name
-from models.threshold import LEAST_FPR, MOST_FPR
+from models.threshold import MOST_FPR
 
 Preset = Literal["auto", "paper"]
 Budget = Literal["quick", "standard", "thorough"]
@@ -54,7 +54,7 @@ class CalibrationConfig(InspectionConfig):
         description="of auto. quick: default settings, no canaries; standard: canaries choose among four settings and tell the guard's power; "
         "thorough: among six",
     )
-    target_fpr: float = Field(0.01, ge=LEAST_FPR, le=MOST_FPR, description="share of clean images that may be rejected")
+    target_fpr: float = Field(0.01, gt=0, le=MOST_FPR, description="share of clean images that may be rejected")
 
     @property
     def searches(self) -> bool:

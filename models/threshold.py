@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # plain arithmetic otherwise: who only reasons about promises
 
 ROUNDING = 1e-5  # by which scores of one image may differ, absolutely and relatively, between the programs that compute them
 COUNTED = 1000  # images that the promised interval is about
-LEAST_FPR, MOST_FPR = 1e-5, 0.2  # that may be asked for: the first takes 99,999 validation images
+MOST_FPR = 0.2  # that may be asked for
+MOST_NEEDED = 10**12  # images: what a lower rate would take is not told more exactly
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,17 @@ def _just_below(ascending: Tensor, rank: int) -> float:
 
 
 def needed_for(target_fpr: float) -> int:
-    """Validation images that it takes to promise a false-rejection rate."""
-    return math.ceil(1 / target_fpr - 1e-9) - 1
+    """Validation images that it takes to promise a false-rejection rate; MOST_NEEDED where these are more."""
+    return _images_for(1, target_fpr)
 
 
 def fuller_for(target_fpr: float, n: int) -> int:
     """The least number of validation images from n on with which the threshold has a higher rank than with n - 1, and so gives nothing of the target away."""
-    return math.ceil((_rank(target_fpr, n - 1) + 1) / target_fpr - 1e-9) - 1
+    return _images_for(_rank(target_fpr, n - 1) + 1, target_fpr)
+
+
+def _images_for(rank: int, target_fpr: float) -> int:
+    return math.ceil(min(MOST_NEEDED + 1, rank / target_fpr) - 1e-9) - 1
 
 
 def _rank(target_fpr: float, n: int) -> int:

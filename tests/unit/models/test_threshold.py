@@ -73,3 +73,9 @@ def test_the_least_rate_that_is_named_can_be_asked_for() -> None:
         assert 1 / (n + 1) <= least < 1.01 / (n + 1)
         assert float(f"{least:g}") == least
         assert conformal_threshold(torch.arange(n).double(), least).rank == 1
+
+
+@pytest.mark.parametrize("target", [1e-6, 1e-300, 5e-324])
+def test_a_rate_however_small_is_refused_with_what_can_be_promised(target: float) -> None:
+    with pytest.raises(FprUnreachable, match=r"is the least\. Ask for that, or bring at least [0-9]{6,13} validation images"):
+        conformal_threshold(torch.rand(200), target)

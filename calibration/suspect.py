@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,9 +287,10 @@ def refuse_disorder(understood: Understood) -> None:
 
 
 def _suggestion(order: Reordering) -> str:
-    names = ",".join("".join(each if each.isprintable() else "?" for each in name) for name in order.names)  # as they are, to be given back
+    row = io.StringIO()  # as they are, to be given back
+    csv.writer(row, lineterminator="").writerow("".join(each if each.isprintable() else "?" for each in name) for name in order.names)
     few = f" The classes that differ: {listed(order.moved)}." if len(order.moved) < len(order.names) else ""
     return (
         f"The labels seem to be in this other order: the suspect gets {order.accuracy:.1%} of the clean images right with it, and {order.given:.1%} with the "
-        f"order given.{few} If that is so, confirm it by passing the classes in the order of the suspect's outputs: {names}."
+        f"order given.{few} If that is so, confirm it by passing the classes in the order of the suspect's outputs: {row.getvalue()}."
     )

@@ -135,7 +135,10 @@ def parse_model(model: type[Model], data: bytes) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        fields = [{"field": _clean(".".join(map(str, item["loc"]))), "message": item["msg"]} for item in error.errors(include_input=False)[:20]]
+        fields = [
+            {"field": _clean(".".join(map(str, item["loc"]))), "message": item["msg"].removeprefix("Value error, ")}
+            for item in error.errors(include_input=False)[:20]
+        ]
         summary = "; ".join(f"{item['field']}: {item['message']}" for item in fields[:3])
         raise FieldsInvalid(f"Fields not valid: {summary}.", errors=fields) from None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import subprocess
 from collections.abc import Collection, Mapping
 from importlib import metadata
@@ -19,7 +21,7 @@ from models.errors import Problem
 from models.registry import Registry
 from service import child
 from service.printed import print_evaluation, print_inspection, print_result
-from service.settings import Settings
+from service.settings import Settings, own_architectures
 from service.unseen import hide
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A backdoor filter in front of an image classifier.")
@@ -36,7 +38,7 @@ DataDir = Annotated[Path, typer.Option(envvar="BADEXPERT_DATA_DIR", help="where 
 Device = Annotated[str, typer.Option(envvar="BADEXPERT_DEVICE", help="auto, cpu, cuda ...")]
 Architecture = Annotated[str | None, typer.Option(help="found from the checkpoint where not given; package.module:factory for one of your own")]
 NumClasses = Annotated[int | None, typer.Option(help="read off the checkpoint; refused where the two disagree")]
-Classes = Annotated[str | None, typer.Option(help="comma-separated class names in the order of the suspect's outputs")]
+Classes = Annotated[str | None, typer.Option(help="class names in the order of the suspect's outputs, separated by commas; one that has a comma in quotes")]
 CHECKPOINT = "the suspect: safetensors, a file of torch.save, or a folder or zip as timm and transformers write it"
 CLEAN_SET = "clean labelled images: a folder, zip or tar with one folder a class, Parquet, WebDataset, safetensors or npz"
 
@@ -118,6 +120,8 @@ def convert(
         raise fail(f"{out} exists; replace it with --force.")
     if not out.parent.is_dir():
         raise fail(f"The folder {out.parent} does not exist.")
+    if not os.access(out.parent, os.W_OK):
+        raise fail(f"The folder {out.parent} may not be written to.")
     event = _ask("convert", None, False, checkpoint=checkpoint, out=out)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Wrote {event['tensors']:,} tensors to {out}.", markup=False)
@@ -179,13 +183,13 @@ def _config(kind: type[C], **fields: Any) -> C:
             architectures.admit(fields["architecture"])
         return kind(**fields)
     except ValidationError as error:
-        raise fail("\n".join(f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors())) from None
+        raise fail("\n".join(f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors())) from None
     except Problem as problem:
         raise fail(f"--architecture: {problem.detail}") from None
 
 
 def _names(classes: str | None) -> list[str] | None:
-    return [name.strip() for name in classes.split(",")] if classes else None
+    return [name.strip() for name in next(csv.reader([classes], skipinitialspace=True))] if classes else None
 
 
 def _check_exist(*paths: Path | None) -> None:
@@ -197,7 +201,7 @@ def _check_exist(*paths: Path | None) -> None:
 def _ask(action: str, config: InspectionConfig | None, as_json: bool, **options: Path | str | None) -> dict[str, Any]:
     """Run an action of `python -m calibration`; returns its result, or ends the command with its problem."""
     architecture = (config and config.architecture) or ""
-    own = [architecture] if ":" in architecture else []
+    own = list(dict.fromkeys([*([architecture] if ":" in architecture else []), *own_architectures(os.environ.get("BADEXPERT_ARCHITECTURES", ""))]))
     command = child.command(action, None if config is None else config.model_dump_json(), own, **options)
     try:
         event = _run(command, quiet=as_json)

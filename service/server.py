@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import os
 import signal
@@ -77,7 +78,8 @@ def _serve(settings: Settings, log_lines: Log) -> None:
         timeout_keep_alive=30,
         backlog=AT_ONCE,  # how long the queue is, the listener decides
     )
-    address = f"http://{settings.host}:{listener.getsockname()[1]}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
     server = _Server(config, service, log_lines, f"Serving on {address} (device {device.type}, data in {settings.data_dir}{_openness(settings)})")
     listener.on_full = lambda: close_waiting(server.server_state.connections)
     try:
@@ -181,6 +183,7 @@ def _listen(settings: Settings, metrics: Metrics) -> Listener:
     try:
         return Listener(settings.host, settings.port, metrics.connections_abandoned.inc)
     except OSError as error:
-        raise CannotStart(
-            f"Cannot listen on {settings.host} port {settings.port} ({error.strerror}); choose another port with --port, or stop what uses it."
-        ) from error
+        remedy = "choose another port with --port, or stop what uses it"
+        if error.errno == errno.EADDRNOTAVAIL:
+            remedy = "--host has to be an address of this machine, or 0.0.0.0 for all of them"
+        raise CannotStart(f"Cannot listen on {settings.host} port {settings.port} ({error.strerror}); {remedy}.") from error

@@ -82,7 +82,8 @@ class Settings(BaseSettings):
 
     @property
     def own_architectures(self) -> tuple[str, ...]:
-        return tuple(name for part in self.architectures.split(",") if (name := part.strip()))
+        """The references in `architectures`."""
+        return own_architectures(self.architectures)
 
     @property
     def is_loopback(self) -> bool:
@@ -106,3 +107,8 @@ class Settings(BaseSettings):
         if len(text) < 8:
             raise ValueError(f"the {scope} token is shorter than 8 characters")
         return text
+
+
+def own_architectures(names: str) -> tuple[str, ...]:
+    """References to architectures of the operator's, package.module:factory, separated by commas."""
+    return tuple(name for part in names.split(",") if (name := part.strip()))

@@ -33,6 +33,11 @@ class Form:
     config_required: bool
 
     @property
+    def needed(self) -> list[str]:
+        """The parts that have to be there."""
+        return [*(["config"] if self.config_required else []), *self.required]
+
+    @property
     def files(self) -> list[str]:
         return [name for name in FILES if name in (*self.required, *self.optional)]
 
@@ -40,8 +45,7 @@ class Form:
         """The request body, for the API's description."""
         config = {"type": "string", "description": f"a {model.__name__} as JSON", "contentMediaType": "application/json"}
         properties = {"config": config, **{name: {"type": "string", "format": "binary"} for name in self.files}}
-        required = [*(["config"] if self.config_required else []), *self.required]
-        schema = {"type": "object", "properties": properties, "required": required}
+        schema = {"type": "object", "properties": properties, "required": self.needed}
         return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
@@ -79,7 +83,7 @@ async def receive(request: Request, form: Form, model: type[M], folder: Path, *,
     """Stream the parts of an upload into a folder; returns the configuration and a digest of everything. Raises a Problem."""
     parts = f"`config`, {', '.join(f'`{name}`' for name in form.files)}"
     if media_type(request) != "multipart/form-data":
-        raise MediaType(f"Send multipart/form-data with the parts {parts}; needed are {', '.join(form.required)}.")
+        raise MediaType(f"Send multipart/form-data with the parts {parts}; needed are {', '.join(form.needed)}.")
     digests, text = {name: hashlib.sha256() for name in form.files}, Capped("config", json_bytes)
     seen: set[str] = set()
     with storage_errors(), ExitStack() as files:  # closing a file writes what was still buffered
@@ -96,7 +100,7 @@ async def receive(request: Request, form: Form, model: type[M], folder: Path, *,
 
         cap = len(form.files) * upload_bytes + json_bytes + 65536
         await read_multipart(request, open_part, cap=cap, parts=len(form.files) + 1, blocking=True)
-    missing = [name for name in (*(["config"] if form.config_required else []), *form.required) if name not in seen]
+    missing = [name for name in form.needed if name not in seen]
     if missing:
         raise UploadMissing(f"The upload lacks {', '.join(f'`{name}`' for name in missing)}.")
     config = parse_model(model, text.getvalue() if "config" in seen else b"{}")

@@ -87,6 +87,23 @@ def test_what_reads_hostile_files_has_no_token_in_its_environment(monkeypatch: p
     assert cli._run([sys.executable, "-c", tell], quiet=True)["names"] == ["BADEXPERT_DEVICE"]
 
 
+def test_class_names_with_commas_are_given_in_quotes_as_the_suggestion_has_them() -> None:
+    assert cli._names('cat, "zebra, plane" ,dog') == ["cat", "zebra, plane", "dog"]
+
+
+def test_own_architectures_of_the_environment_are_known_to_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def stopped(command: list[str], quiet: bool) -> Any:
+        started.extend(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    monkeypatch.setenv("BADEXPERT_ARCHITECTURES", "mine:build, other:make")
+    CliRunner().invoke(cli.app, ["inspect", SUSPECT])
+    assert {"--admit=mine:build", "--admit=other:make"} <= set(started)
+
+
 FORGETFUL = """
 import os, signal, time
 from calibration.__main__ import end_when_interrupted

@@ -29,7 +29,7 @@ from models.guard import Cuts, Fusion, Guard, Scales
 from models.lowering import folded, halved
 from models.preprocessing import Preprocessing
 from models.score import Scale
-from models.threshold import Threshold
+from models.threshold import ROUNDING, Threshold
 
 CPU = torch.device("cpu")
 SCHEMA = 6
@@ -215,12 +215,16 @@ def check(found: Bundle) -> None:
 
 
 def repeats_verdicts(found: Bundle, served: nn.Module) -> bool:
-    """Whether what serves instead of the guard, on the same device, decides about all reference images as the guard does."""
+    """Whether what serves instead of the guard, on the same device, decides about the reference images as the guard does.
+
+    But for those whose scores rounding may move over the threshold: in older bundles it is the very score of one of them.
+    """
     if found.reference is None:
         return True
-    device, rejects = next(found.guard.parameters()).device, found.description.threshold.rejects
-    now = torch.cat([rejects(served(part.to(device)).score) for part in found.reference.pixels.split(8)]).cpu()
-    return torch.equal(now, rejects(found.guard.judge(found.reference.pixels).score))
+    device, threshold, scores = next(found.guard.parameters()).device, found.description.threshold, found.guard.judge(found.reference.pixels).score
+    now = torch.cat([threshold.rejects(served(part.to(device)).score) for part in found.reference.pixels.split(8)]).cpu()
+    near = (scores - threshold.value).abs() <= ROUNDING * (1 + abs(threshold.value))
+    return torch.equal(now[~near], threshold.rejects(scores)[~near])
 
 
 def _into(network: nn.Module, weights: dict[str, Tensor], device: torch.device) -> nn.Module:

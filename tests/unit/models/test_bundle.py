@@ -204,6 +204,8 @@ def test_what_serves_decides_about_the_stored_images_as_the_guard_does_but_for_r
 
     assert bundle.repeats_verdicts(found, Served(0))
     assert bundle.repeats_verdicts(found, Served(-5e-6))
+    older = replace(threshold, value=scores[threshold.rank - 1].item())
+    assert bundle.repeats_verdicts(replace(found, description=replace(read.description, threshold=older)), Served(-5e-6))
     assert not bundle.repeats_verdicts(found, Served(-1.5))
     assert not bundle.repeats_verdicts(found, Served(1.5))
     assert bundle.repeats_verdicts(replace(found, reference=None), Served(1.5))

@@ -241,7 +241,7 @@ def test_the_events_of_a_job_that_has_ended_are_one_event_with_its_state(tmp_pat
         assert response.text.count("event: cancelled") == response.text.count("data: ") == 1
 
 
-def test_of_two_servers_one_works_and_the_other_claim_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_servers_one_works_and_the_other_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "LOOK_SECONDS", 0.02)
 
     async def test(first: Worker, jobs: Jobs) -> None:

@@ -7,7 +7,7 @@ import gc
 import weakref
 from typing import Any, cast
 
-from service.protocol import ReceiveClock
+from service.receive_clock import ReceiveClock
 from tests.virtual_device import clock as now
 from tests.virtual_device import in_virtual_time
 

@@ -59,7 +59,7 @@ def _search(workshop: Workshop, budget: Budget, target_fpr: float, advance: Adva
     material, held_back, default = workshop.material, workshop.held_back, default_setting(workshop)
     triggers = draw_all(KINDS, material.num_classes, material.fit.labels, held_back.labels, material.preprocessing.size, workshop.seed)
     suspect = accuracy(material.network.eval(), held_back, material.preprocessing)
-    canary = plant_by_recipe(workshop, triggers, lambda done: advance(0.2 * done))
+    canary = plant_by_recipe(workshop, triggers, suspect, lambda done: advance(0.2 * done))
 
     def stamped(part: LabelledPixels) -> dict[str, LabelledPixels]:
         predicted = predictions(canary.network, part, material.preprocessing)
@@ -90,10 +90,9 @@ def default_setting(workshop: Workshop) -> Setting:
     return Setting(workshop.recipe.expert_stop, workshop.recipe.auxiliary_lr)
 
 
-def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], advance: Advance) -> Canary:
-    """With the constants of the recipe, and its first learning rate that leaves the copy its task; none may do so."""
+def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], right: float, advance: Advance) -> Canary:
+    """With the constants of the recipe, and its first learning rate that leaves the copy its task; none may do so. right: the suspect's held-back accuracy."""
     recipe, material = workshop.recipe, workshop.material
-    least = recipe.canary_keep * accuracy(material.network.eval(), workshop.held_back, material.preprocessing)
     for lr in recipe.canary_lrs:
         canary = plant(
             material.network,
@@ -105,7 +104,7 @@ def plant_by_recipe(workshop: Workshop, triggers: tuple[Trigger, ...], advance: 
             batch=recipe.canary_batch,
             epochs=recipe.canary_epochs,
             rate=recipe.canary_rate,
-            least=least,
+            least=recipe.canary_keep * right,
             seed=workshop.seed,
             advance=advance,
         )

@@ -84,7 +84,8 @@ def workshop(network: nn.Module, **constants: Any) -> Workshop:
 
 def test_canaries_are_planted_at_the_first_rate_that_leaves_the_copy_its_task() -> None:
     torch.manual_seed(0)
-    canary = plant_by_recipe(workshop(thin_resnet(8, 4), canary_lrs=(1e30, 0.05, 0.01), canary_epochs=4), (draw("patch", 1, None, 32, 0),), lambda _: None)
+    given, trigger = workshop(thin_resnet(8, 4), canary_lrs=(1e30, 0.05, 0.01), canary_epochs=4), draw("patch", 1, None, 32, 0)
+    canary = plant_by_recipe(given, (trigger,), 0.5, lambda _: None)
     assert (canary.lr, canary.kept) == (0.05, True)
     assert canary.accuracy > 0.5
 

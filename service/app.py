@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import metadata
 
 import structlog
@@ -32,7 +33,7 @@ from service.images import Images
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.predict import ImageBatcher
-from service.priority import at_full_priority
+from service.priority import working
 from service.settings import Settings
 from service.traffic import Traffic
 from service.views import GuardViews
@@ -63,8 +64,8 @@ class Service:
             workers=cores(),
             pending=settings.queue_images,
         )
-        self._device = at_full_priority(engine.slots, "device")
-        self._changes = at_full_priority(1, "changes")  # of guards: one waits for the other, and should hold none of the threads that all else uses meanwhile
+        self._device = working(engine.slots, "device")
+        self._changes = working(1, "changes")  # of guards: one waits for the other, and should hold none of the threads that all else uses meanwhile
         self.batcher: ImageBatcher = Batcher(
             self._run,
             capacity=settings.queue_images,
@@ -87,15 +88,18 @@ class Service:
         self.api = self._api()
         self.app = Door(self.api, Envelope(predict.direct(self.judge, _on_problem), metrics, self.health), metrics, traffic)
 
-    async def _run(self, live: LiveGuard, pixels: Sequence[Tensor]) -> Sequence[Outcome]:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._device, self.engine.run, live, list(pixels))
-        except Exception as error:
-            kind = f"{type(error).__name__}: {error}"[:100]
-            if kind not in self._failures and len(self._failures) < MOST_FAILURES:  # a batch that fails is halved, and each part fails again
-                self._failures.add(kind)
-                log.exception("batch_failed", guard=live.name, version=live.version, images=len(pixels), detail="Told once for each kind of error.")
-            raise
+    def _run(self, live: LiveGuard, pixels: Sequence[Tensor]) -> asyncio.Future[list[Outcome]]:
+        """On the way to the device when this returns."""
+        forward = asyncio.get_running_loop().run_in_executor(self._device, self.engine.run, live, list(pixels))
+        forward.add_done_callback(partial(self._tell_failure, live, len(pixels)))
+        return forward
+
+    def _tell_failure(self, live: LiveGuard, images: int, forward: asyncio.Future[list[Outcome]]) -> None:
+        error = None if forward.cancelled() else forward.exception()
+        kind = f"{type(error).__name__}: {error}"[:100]
+        if error is not None and kind not in self._failures and len(self._failures) < MOST_FAILURES:  # each part of a batch that is halved may fail again
+            self._failures.add(kind)
+            log.error("batch_failed", guard=live.name, version=live.version, images=images, detail="Told once for each kind of error.", exc_info=error)
 
     async def _probe(self) -> None:
         try:
@@ -124,12 +128,11 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(at_full_priority(LOADERS, "work"))  # load bundles, whose runtimes may start threads of their own
+        loop.set_default_executor(working(LOADERS, "work"))  # load bundles, whose runtimes may start threads of their own
         failed = await asyncio.to_thread(self.engine.load_all)
         for guard, problem in failed.items():
             log.error("guard_not_loaded", guard=guard, detail=problem.detail)
         self.health.not_loaded = {guard: problem.detail for guard, problem in failed.items()}
-        self.batcher.start()
         tasks = [loop.create_task(self._watch(), name="watch")]
         if not await self._begin_jobs():
             tasks.append(loop.create_task(self._retry_jobs(), name="retry jobs"))

@@ -58,10 +58,12 @@ class BatchDone:
 
 @dataclass(eq=False)
 class _OnDevice(Generic[Key, Item, Result]):
-    """A batch of which a part is on the device, and since when."""
+    """A batch of which a part is on the device, for how many of its slots, since when, and what is waited for."""
 
     rows: list[Row[Key, Item, Result]]
+    share: int
     since: float
+    end: asyncio.Future[Any] | None = None
 
 
 async def _no_probe() -> None:
@@ -86,10 +88,11 @@ class Batcher(Generic[Key, Item, Result]):
         self._run, self._capacity, self._most, self._share, self._on_batch, self._probe = run, capacity, most, share, on_batch, probe
         self._slots = self._free = slots
         self._rows: deque[Row[Key, Item, Result]] = deque()
-        self._changed = asyncio.Event()  # a row came, or a batch is done
-        self._draining = False
-        self._worker: asyncio.Task[None] | None = None
-        self._running: dict[asyncio.Task[None], _OnDevice[Key, Item, Result]] = {}
+        self._looks = False  # whether the queue will be looked at in the next turn of the event loop
+        self._changed = asyncio.Event()  # a row was answered or given up, or a batch came back
+        self._draining, self._admitted = False, 0
+        self._running: set[_OnDevice[Key, Item, Result]] = set()
+        self._broken: BaseException | None = None  # no failure of the device: raised by `drain`
         self._refusal: type[RequestProblem] | None = None  # of everything, since it was given up
         self._batch_seconds = self._row_seconds = 0.0  # moving averages: of a batch, and of what a row adds to the wait of those behind it
 
@@ -101,7 +104,7 @@ class Batcher(Generic[Key, Item, Result]):
     @property
     def busy_since(self) -> float | None:
         """When the oldest running batch, or what is left of it where it was halved, went to the device; None while that is idle."""
-        return min((batch.since for batch in self._running.values()), default=None)
+        return min((batch.since for batch in self._running), default=None)
 
     @property
     def lost(self) -> bool:
@@ -113,26 +116,25 @@ class Batcher(Generic[Key, Item, Result]):
         running = 0.0 if self._free else self._batch_seconds
         return running + len(self._rows) * self._row_seconds
 
-    def start(self) -> None:
-        self._worker = asyncio.get_running_loop().create_task(self._work(), name="batcher")
-
     async def drain(self) -> None:
-        """Admit nothing more, finish what was admitted, and end."""
+        """Admit nothing more, and finish what was admitted."""
         self._draining = True
-        self._changed.set()
-        if self._worker is not None:
-            await self._worker
+        while (self._admitted or self._running) and self._broken is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._broken is not None:
+            raise self._broken
 
     def give_up(self, why: type[RequestProblem]) -> None:
         """Answer all that was admitted with this problem, and whatever comes. What is on the device is left to it, and its results are not waited for."""
         self._refusal = self._refusal or why
-        for row in [*self._rows, *(row for batch in self._running.values() for row in batch.rows)]:
+        for row in [*self._rows, *(row for batch in self._running for row in batch.rows)]:
             if not row.answer.done():
                 row.answer.set_exception(why())
         self._rows.clear()
-        for task in self._running:
-            if task is not asyncio.current_task():
-                task.cancel()
+        for batch in self._running:
+            if batch.end is not None and batch.end is not asyncio.current_task():
+                batch.end.cancel()
 
     async def watch(self, patience: float) -> Loss:
         """Wait until the device is lost and given up: after an error that persists, or where a batch does not come back for so many seconds."""
@@ -163,7 +165,8 @@ class Batcher(Generic[Key, Item, Result]):
             raise ClientDisconnect
         row: Row[Key, Item, Result] = Row(key, item, now, deadline, loop.create_future())
         self._rows.append(row)
-        self._changed.set()
+        self._admitted += 1
+        self._look()
         expiry, abandon = loop.call_at(deadline, _give_up, row, DeadlineExceeded), partial(_give_up, row, ClientDisconnect)
         if caller is not None:
             caller.watch(abandon)
@@ -175,20 +178,37 @@ class Batcher(Generic[Key, Item, Result]):
                 self._rows.remove(row)
             raise
         finally:
+            self._admitted -= 1
+            self._changed.set()
             expiry.cancel()
             if caller is not None:
                 caller.unwatch(abandon)
             del row, abandon  # breaks the cycle from the exception over its traceback and this frame to the row, so that the image goes at once
 
-    async def _work(self) -> None:
-        async with asyncio.TaskGroup() as batches:
-            while not (self._draining and not self._rows):
-                batch = self._take()
-                if batch:
-                    self._start(batch, batches)
-                else:
-                    self._changed.clear()
-                    await self._changed.wait()
+    def _look(self) -> None:
+        """Send what there is room for in the next turn of the event loop: what comes in this one goes together."""
+        if not self._looks:
+            self._looks = True
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def _send(self) -> None:
+        """As much of the queue as there is room for."""
+        self._looks = False
+        while self._broken is None and (rows := self._take()):
+            batch = _OnDevice(rows, self._share_of(rows[0]), asyncio.get_running_loop().time())
+            self._free -= batch.share
+            self._running.add(batch)
+            released: Released = "full" if len(rows) == self._most(rows[0].key) else "free"
+            batch.end = self._forward(rows)
+            batch.end.add_done_callback(partial(self._back, batch, released))
+
+    def _forward(self, rows: Sequence[Row[Key, Item, Result]]) -> asyncio.Future[Sequence[Result]]:
+        try:
+            return asyncio.ensure_future(self._run(rows[0].key, [row.item for row in rows]))
+        except Exception as error:  # noqa: BLE001 - not even begun, and no different from one that fails later
+            failed: asyncio.Future[Sequence[Result]] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
 
     def _take(self) -> list[Row[Key, Item, Result]]:
         """The oldest row that is still wanted, and others of its key, where there is room for them; everything else keeps its place."""
@@ -211,51 +231,73 @@ class Batcher(Generic[Key, Item, Result]):
     def _share_of(self, row: Row[Key, Item, Result]) -> int:
         return min(self._slots, self._share(row.key))
 
-    def _start(self, batch: list[Row[Key, Item, Result]], batches: asyncio.TaskGroup) -> None:
-        share, loop = self._share_of(batch[0]), asyncio.get_running_loop()
+    def _back(self, batch: _OnDevice[Key, Item, Result], released: Released, forward: asyncio.Future[Sequence[Result]]) -> None:
+        """A batch came back. The device gets its next one first, and in this turn of the event loop: in a storm a turn may take as long as a forward."""
+        if forward.cancelled():
+            self._leave(batch)
+        elif isinstance(error := forward.exception(), Exception) or (error is None and len(forward.result()) != len(batch.rows)):
+            # Whatever the device raises belongs to these rows.
+            batch.end = asyncio.get_running_loop().create_task(self._mend(batch, batch.rows, released), name="mend a batch")
+            batch.end.add_done_callback(partial(self._mended, batch))
+        elif error is not None:
+            self._broken = error
+            self._leave(batch)
+        else:
+            self._leave(batch)
+            self._done(batch.rows, batch.since, released, forward.result())
 
-        def done(task: asyncio.Task[None]) -> None:
-            del self._running[task]
-            self._free += share
-            self._changed.set()
+    def _mended(self, batch: _OnDevice[Key, Item, Result], mending: asyncio.Future[None]) -> None:
+        if not mending.cancelled():
+            self._broken = self._broken or mending.exception()
+        self._leave(batch)
 
-        self._free -= share
-        on_device = _OnDevice(batch, loop.time())
-        task = batches.create_task(self._judge(on_device, batch, "full" if len(batch) == self._most(batch[0].key) else "free"), name="batch")
-        self._running[task] = on_device
-        task.add_done_callback(done)
+    def _leave(self, batch: _OnDevice[Key, Item, Result]) -> None:
+        self._running.remove(batch)
+        self._free += batch.share
+        self._changed.set()
+        self._send()
 
-    async def _judge(self, on_device: _OnDevice[Key, Item, Result], batch: list[Row[Key, Item, Result]], released: Released) -> None:
-        loop = asyncio.get_running_loop()
-        began = on_device.since = loop.time()
-        failed = False
-        try:
-            results = await self._run(batch[0].key, [row.item for row in batch])
-            if len(results) != len(batch):
-                raise RuntimeError("the device answered another number of results than it got items")
-        except Exception:  # noqa: BLE001 - whatever the device raises belongs to these rows, and must not end the worker
-            failed = True
-        # Probing and halving happen out here: inside the handler the traceback would keep the failed batch's tensors alive.
-        if failed and await self._is_lost():
-            return
-        if failed and len(batch) > 1:
-            middle = len(batch) // 2
-            for half in (batch[:middle], batch[middle:]):
-                if wanted := [row for row in half if _wanted(row, loop.time())]:
-                    await self._judge(on_device, wanted, "halved")
-            return
-        seconds = loop.time() - began
-        each = seconds / len(batch) * self._share_of(batch[0]) / self._slots
+    def _done(self, rows: Sequence[Row[Key, Item, Result]], began: float, released: Released, results: Sequence[Result] | None) -> None:
+        """Answer the rows of a batch that went to the device at that time; results: None where it failed."""
+        seconds = asyncio.get_running_loop().time() - began
+        each = seconds / len(rows) * self._share_of(rows[0]) / self._slots
         self._batch_seconds = seconds if self._batch_seconds == 0 else 0.8 * self._batch_seconds + 0.2 * seconds
         self._row_seconds = each if self._row_seconds == 0 else 0.8 * self._row_seconds + 0.2 * each
-        self._on_batch(BatchDone(tuple(began - row.admitted for row in batch), seconds, released))
-        for index, row in enumerate(batch):
+        for index, row in enumerate(rows):
             if row.answer.done():
                 continue
-            if failed:
+            if results is None:
                 row.answer.set_exception(DeviceFailed())
             else:
                 row.answer.set_result(results[index])
+        self._on_batch(BatchDone(tuple(began - row.admitted for row in rows), seconds, released))
+
+    async def _mend(self, batch: _OnDevice[Key, Item, Result], rows: Sequence[Row[Key, Item, Result]], released: Released) -> None:
+        """Of rows that failed together, judge each half alone, until those that fail are known."""
+        if await self._is_lost():
+            return
+        if len(rows) == 1:
+            self._done(rows, batch.since, released, None)
+            return
+        loop, middle = asyncio.get_running_loop(), len(rows) // 2
+        for half in (rows[:middle], rows[middle:]):
+            wanted = [row for row in half if _wanted(row, loop.time())]
+            if not wanted:
+                continue
+            batch.since = loop.time()
+            results = await self._tried(wanted)
+            if results is None:
+                await self._mend(batch, wanted, "halved")
+            else:
+                self._done(wanted, batch.since, "halved", results)
+
+    async def _tried(self, rows: Sequence[Row[Key, Item, Result]]) -> Sequence[Result] | None:
+        """What the device says of them; None where it fails. What it raised is dropped here: its traceback holds the tensors of the batch."""
+        try:
+            results = await self._forward(rows)
+        except Exception:  # noqa: BLE001 - as for a whole batch
+            return None
+        return results if len(results) == len(rows) else None
 
     async def _is_lost(self) -> bool:
         """After a batch has failed: whether everything would. A probe that hangs counts as that batch."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from models.errors import OutOfMemory, Problem, TookTooLong
+from service.priority import CALIBRATION, step_back
 
 LONGEST_LINE = 8 * 1024 * 1024  # bytes: the result line carries the whole report
 
@@ -27,8 +28,8 @@ def environment() -> dict[str, str]:
 
 
 async def start(words: Sequence[str]) -> asyncio.subprocess.Process:
-    """In a session of its own, so that nothing that it starts outlives it."""
-    return await asyncio.create_subprocess_exec(
+    """In a session of its own, so that nothing that it starts outlives it; it gives way to the server."""
+    process = await asyncio.create_subprocess_exec(
         *words,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -37,6 +38,8 @@ async def start(words: Sequence[str]) -> asyncio.subprocess.Process:
         limit=LONGEST_LINE,
         env=environment(),
     )
+    step_back(CALIBRATION, process.pid)
+    return process
 
 
 def tell(child: asyncio.subprocess.Process, number: signal.Signals) -> None:

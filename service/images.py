@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 from starlette.requests import Request
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from models.preprocessing import Preprocessing, decode
 from service.bodies import Budget, Capped, Hold, Sink, media_type, read, read_multipart
 from service.errors import BodyEmpty, DeadlineExceeded, ImageMissing, MediaType, OneImageOnly, Overloaded, TooManyImages, UnexpectedField
+from service.priority import working
 
 SMALL_BYTES, SMALL_PIXELS = 8 * 1024, 64 * 64
 _LONG_TO_READ = (b"iCCP", b"iTXt", b"zTXt")  # chunks of a PNG that may unpack to a thousand times their size
@@ -24,7 +24,7 @@ class Images:
         """body_bytes: of all that was read and is not answered yet."""
         self._image_bytes, self._batch_images, self._pending = image_bytes, batch_images, pending
         self.budget = Budget(body_bytes)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._pool = working(workers, "decode")
         self._decoding = 0
 
     async def one(self, request: Request, hold: Hold) -> bytes:

@@ -29,7 +29,6 @@ from service.jobs import Jobs
 from service.listener import AT_ONCE, Full, Listener
 from service.logs import Log
 from service.metrics import Metrics
-from service.priority import step_back
 from service.protocol import ProtocolLimits, close_waiting, make_protocol
 from service.settings import Settings
 
@@ -100,7 +99,6 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         asyncio.get_running_loop().set_exception_handler(_on_error_of_loop)
-        step_back()
         logs.adopt()  # whatever was imported for the bundles, too
         print(self._announcement, flush=True)  # noqa: T201 - what a person waits for
 

@@ -117,7 +117,6 @@ class Device:
 def start(device: Device, capacity: int = 100, max_batch: int = 100, **options: Any) -> Batcher[str, Item, str]:
     given: dict[str, Any] = {"most": lambda _: max_batch, **options}
     batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=capacity, slots=device.slots, probe=device.probe, **given)
-    batcher.start()
     return batcher
 
 

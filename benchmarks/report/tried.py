@@ -319,4 +319,29 @@ TRIED = [
         "a quarter beside them 1,044, 978 and 957 (AVX-512 without AMX)",
         "kept: a storm's answers come in half the time, for crowds nothing changed; whether more are answered is within the noise",
     ),
+    (
+        "the event loop goes before the threads that judge (niceness 5), which gave way to them; the next batch is sent in the turn in which one comes back",
+        "the fifth of the cores that is idle in a storm: 1.15 times as many in time",
+        "of 5,500 images/s 1,046 in time, before 922, with all alike 979, at niceness 10 1,055, medians of four; of 1,100 images/s .99 within 100 ms, before "
+        ".98 (AVX-512 without AMX)",
+        "kept ([decision 19](decisions/0019-who-holds-the-lock-goes-first.md))",
+    ),
+    (
+        "a full batch waits ready for each thread that judges",
+        "a further tenth: no thread waits for the event loop between batches",
+        "of 5,500 images/s 1,055 in time, without it 1,063, medians of four (AVX-512 without AMX)",
+        "not taken: the prediction was wrong",
+    ),
+    (
+        "at most 32 images a batch",
+        "an image in them costs the same, and each waits half as long",
+        "of 5,500 images/s 946 in time, with 64 1,063, medians of four (AVX-512 without AMX)",
+        "not taken: the device waits for the event loop twice as often",
+    ),
+    (
+        "the interpreter's lock changes hands after 1 ms or .1 ms, not .3",
+        "not predicted",
+        "of 5,500 images/s 989 and 1,030 in time, with .3 1,063 and 997, medians of four (AVX-512 without AMX)",
+        "not taken",
+    ),
 ]

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from calibration.pipeline import Result
 from models.registry import Registry
-from service.priority import NICENESS
+from service.app import LOADERS
+from service.priority import WORK
 from tests.conftest import EXAMPLES
 
 BADNET = EXAMPLES / "suspect_badnet.safetensors"
@@ -192,12 +193,12 @@ def test_a_calibration_can_be_cancelled_and_one_that_was_running_is_taken_up_aga
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
-def test_the_event_loop_gives_way_to_the_threads_that_judge(tmp_path: Path) -> None:
+def test_the_event_loop_goes_before_the_threads_that_judge(tmp_path: Path) -> None:
     with server(tmp_path) as (_, process):
         found = {int(task.name): os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{process.pid}/task").iterdir()}
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    assert found.pop(process.pid) == max(NICENESS, usual)
-    assert set(found.values()) == {usual}
+    assert found[process.pid] == usual
+    assert list(found.values()).count(max(WORK, usual)) > LOADERS  # these, and the threads that judge and decode
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a connection waited")

@@ -291,11 +291,50 @@ async def test_a_device_that_answers_too_little_fails_its_rows_and_not_the_batch
         return [] if short[0] else ["judged"] * len(items)
 
     batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, most=lambda _: 10)
-    batcher.start()
     with pytest.raises(DeviceFailed):
         await batcher.submit("bundle", Item("a"), 1e9)
     short[0] = False
     assert await batcher.submit("bundle", Item("b"), 1e9) == "judged"
+    await batcher.drain()
+
+
+@in_virtual_time
+async def test_a_device_that_cannot_even_begin_fails_its_rows_and_not_the_batcher() -> None:
+    full = [True]
+
+    def run(key: str, items: Sequence[Item]) -> asyncio.Future[list[str]]:
+        if full[0]:
+            raise RuntimeError("no thread is left")
+        found: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        found.set_result(["judged"] * len(items))
+        return found
+
+    batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, most=lambda _: 10)
+    found = await asyncio.gather(submit(batcher, Item("a")), submit(batcher, Item("b")), return_exceptions=True)
+    assert [type(each) for each in found] == [DeviceFailed, DeviceFailed]
+    full[0] = False
+    assert await batcher.submit("bundle", Item("c"), 1e9) == "judged"
+    await batcher.drain()
+
+
+@in_virtual_time
+async def test_a_batch_goes_to_the_device_in_the_turn_in_which_the_last_comes_back() -> None:
+    """In a storm a turn of the event loop may take as long as a forward, and meanwhile the device would be idle."""
+    forwards: list[asyncio.Future[list[str]]] = []
+
+    def run(key: str, items: Sequence[Item]) -> asyncio.Future[list[str]]:
+        forwards.append(asyncio.get_running_loop().create_future())
+        return forwards[-1]
+
+    batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, most=lambda _: 1)
+    tasks = [submit(batcher, Item(name)) for name in "ab"]
+    await asyncio.sleep(1.0)
+    assert len(forwards) == 1
+    forwards[0].set_result(["a judged"])
+    await asyncio.sleep(0)
+    assert (len(forwards), tasks[0].done()) == (2, False)  # before the first is answered
+    forwards[1].set_result(["b judged"])
+    assert await asyncio.gather(*tasks) == ["a judged", "b judged"]
     await batcher.drain()
 
 

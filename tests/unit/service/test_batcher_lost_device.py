@@ -90,7 +90,6 @@ async def test_x14_a_probe_that_does_not_come_back_counts_as_its_batch() -> None
         await never.wait()
 
     batcher: Batcher[str, Item, str] = Batcher(device.run, capacity=10, most=lambda _: 10, probe=probe)
-    batcher.start()
     row = submit(batcher, Item("a"))
     assert await batcher.watch(20.0) == "hangs"
     assert 20.0 <= clock() <= 20.0 + 2 * WATCH_SECONDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
+import threading
 import zlib
 from dataclasses import replace
 
@@ -81,11 +82,17 @@ def test_not_small_for_what_is_made_of_it(data: bytes, preprocessing: Preprocess
     ids=["small", "enlarged a little", "for a large network", "JPEG", "one of several"],
 )
 def test_the_pixels_are_the_same_in_either_place(data: bytes, size: int, alone: bool, at_once: bool) -> None:
-    preprocessing = Preprocessing(size, size)
+    decoders = list[threading.Thread]()
+
+    class Observed(Preprocessing):
+        def pixels(self, image: Image.Image) -> torch.Tensor:
+            decoders.append(threading.current_thread())
+            return super().pixels(image)
+
     images = Images(image_bytes=2**20, batch_images=1, body_bytes=2**20, workers=1, pending=1)
     try:
-        found = asyncio.run(images.pixels(data, preprocessing, math.inf, alone=alone))
-        assert torch.equal(found, preprocessing.pixels(decode(data)))
-        assert bool(images._pool._threads) is not at_once
+        found = asyncio.run(images.pixels(data, Observed(size, size), math.inf, alone=alone))
+        assert torch.equal(found, Preprocessing(size, size).pixels(decode(data)))
+        assert (decoders == [threading.current_thread()]) is at_once
     finally:
         images.close()

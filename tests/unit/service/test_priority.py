@@ -1,38 +1,54 @@
-"""Threads that are there before the others step back keep their priority."""
+"""Who lets whom go first."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.priority import NICENESS, at_full_priority, step_back
+from service.priority import CALIBRATION, WORK, step_back, working
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
 
 
 def niceness() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
-def test_who_steps_back_takes_along_only_what_starts_later() -> None:
-    usual, less = niceness(), max(NICENESS, niceness())
-
-    def loop() -> tuple[int, int, int]:
-        with at_full_priority(2, "before") as before:
-            step_back()
-            step_back()  # changes nothing more
-            with ThreadPoolExecutor(1) as after:
-                return niceness(), before.submit(niceness).result(), after.submit(niceness).result()
-
-    with ThreadPoolExecutor(1) as own:  # what steps back here is this thread alone
-        assert own.submit(loop).result() == (less, usual, less)
+@linux
+def test_threads_that_work_let_the_one_that_made_them_go_first() -> None:
+    usual = niceness()
+    with working(2, "work") as pool:
+        assert pool.submit(niceness).result() == max(WORK, usual)
+        with ThreadPoolExecutor(1) as started:
+            assert pool.submit(lambda: started.submit(niceness).result()).result() == max(WORK, usual)  # what they start does so, too
     assert niceness() == usual
 
 
+@linux
+def test_a_thread_never_asks_for_more_than_it_has() -> None:
+    def back_and_back() -> int:
+        step_back(WORK)
+        step_back(0)
+        return niceness()
+
+    with ThreadPoolExecutor(1) as own:
+        assert own.submit(back_and_back).result() == max(WORK, niceness())
+
+
+@linux
+def test_a_process_steps_back_and_one_that_has_ended_is_let_be() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        step_back(CALIBRATION, process.pid)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == max(CALIBRATION, niceness())
+        process.communicate(b"\n")
+    step_back(CALIBRATION, process.pid)
+
+
 def test_all_threads_are_there_at_once() -> None:
-    with at_full_priority(3, "early"):
+    with working(3, "early"):
         assert sum(thread.name.startswith("early") for thread in threading.enumerate()) == 3

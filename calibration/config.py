@@ -34,10 +34,10 @@ def _architecture(name: str) -> str:
 class InspectionConfig(BaseModel):
     """What a caller may say about a suspect. All of it is found where it is not said."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True, json_schema_extra={"examples": [{}]})
 
-    architecture: Annotated[str, AfterValidator(_architecture)] | None = Field(None, description="None: found from the checkpoint's keys and shapes")
-    num_classes: int | None = Field(None, ge=2, le=100_000, description="None: read off the checkpoint's head; refused where the two disagree")
+    architecture: Annotated[str, AfterValidator(_architecture)] | None = Field(None, description="null: found from the checkpoint's keys and shapes")
+    num_classes: int | None = Field(None, ge=2, le=100_000, description="null: read off the checkpoint's head; refused where the two disagree")
     classes: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=2, max_length=100_000)] | None = Field(
         None, description="class names in the order of the suspect's outputs, where sorted names are not that order", strict=False
     )
@@ -46,6 +46,8 @@ class InspectionConfig(BaseModel):
 
 class CalibrationConfig(InspectionConfig):
     """One calibration. Everything but the guard's name has a default that needs no tuning."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "planes", "budget": "standard", "target_fpr": 0.01}]})
 
     name: Annotated[str, AfterValidator(_guard_name)] = Field(description="the guard's name; a known one gets a further version")
     preset: Preset = Field("auto", description="paper: the published recipe; auto: finds its own settings, costs less to serve")

@@ -95,9 +95,10 @@ class Service:
         return forward
 
     def _tell_failure(self, live: LiveGuard, images: int, forward: asyncio.Future[list[Outcome]]) -> None:
-        error = None if forward.cancelled() else forward.exception()
+        if forward.cancelled() or (error := forward.exception()) is None:
+            return
         kind = f"{type(error).__name__}: {error}"[:100]
-        if error is not None and kind not in self._failures and len(self._failures) < MOST_FAILURES:  # each part of a batch that is halved may fail again
+        if kind not in self._failures and len(self._failures) < MOST_FAILURES:  # a batch that fails is halved, and each part may fail again
             self._failures.add(kind)
             log.error("batch_failed", guard=live.name, version=live.version, images=images, detail="Told once for each kind of error.", exc_info=error)
 

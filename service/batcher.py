@@ -8,7 +8,7 @@ more never reach the device. A batch that fails is halved until the rows that ca
 A device may be lost: it fails on everything after an error, or a batch never comes back from it. Then nothing goes to it any more, and all that was admitted
 is answered. To end the process, which alone brings the device back, is for those who watch.
 
-Time is the event loop's own monotonic clock, and the device is a coroutine function: a test can run all of this in virtual time.
+Time is the event loop's own monotonic clock, and whatever the device answers is awaited: a test can run all of this in virtual time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
@@ -58,12 +58,13 @@ class BatchDone:
 
 @dataclass(eq=False)
 class _OnDevice(Generic[Key, Item, Result]):
-    """A batch of which a part is on the device, for how many of its slots, since when, and what is waited for."""
+    """A batch of which a part is on the device, why it was sent as it was, for how many slots, since when, and what is waited for."""
 
-    rows: list[Row[Key, Item, Result]]
+    rows: list[Row[Key, Item, Result]] = field(repr=False)  # asyncio tells of what fails in a callback, and these hold tensors
+    released: Released
     share: int
     since: float
-    end: asyncio.Future[Any] | None = None
+    end: asyncio.Future[Any] | None = field(default=None, repr=False)
 
 
 async def _no_probe() -> None:
@@ -88,7 +89,7 @@ class Batcher(Generic[Key, Item, Result]):
         self._run, self._capacity, self._most, self._share, self._on_batch, self._probe = run, capacity, most, share, on_batch, probe
         self._slots = self._free = slots
         self._rows: deque[Row[Key, Item, Result]] = deque()
-        self._looks = False  # whether the queue will be looked at in the next turn of the event loop
+        self._looks = False  # whether the queue will be looked at in the next turn of the event loop, at the latest
         self._changed = asyncio.Event()  # a row was answered or given up, or a batch came back
         self._draining, self._admitted = False, 0
         self._running: set[_OnDevice[Key, Item, Result]] = set()
@@ -176,6 +177,7 @@ class Batcher(Generic[Key, Item, Result]):
             # Given up: its place is free at once, or who left would keep others out. (Where `remove` finds no such row, its error holds a text of all tensors.)
             if row in self._rows:
                 self._rows.remove(row)
+                self._look()  # there may be room for those that waited behind it
             raise
         finally:
             self._admitted -= 1
@@ -194,20 +196,20 @@ class Batcher(Generic[Key, Item, Result]):
     def _send(self) -> None:
         """As much of the queue as there is room for."""
         self._looks = False
-        while self._broken is None and (rows := self._take()):
-            batch = _OnDevice(rows, self._share_of(rows[0]), asyncio.get_running_loop().time())
+        while rows := self._take():
+            released: Released = "full" if len(rows) == self._most(rows[0].key) else "free"
+            batch = _OnDevice(rows, released, self._share_of(rows[0]), asyncio.get_running_loop().time())
             self._free -= batch.share
             self._running.add(batch)
-            released: Released = "full" if len(rows) == self._most(rows[0].key) else "free"
             batch.end = self._forward(rows)
-            batch.end.add_done_callback(partial(self._back, batch, released))
+            batch.end.add_done_callback(partial(self._back, batch))
 
     def _forward(self, rows: Sequence[Row[Key, Item, Result]]) -> asyncio.Future[Sequence[Result]]:
         try:
             return asyncio.ensure_future(self._run(rows[0].key, [row.item for row in rows]))
         except Exception as error:  # noqa: BLE001 - not even begun, and no different from one that fails later
             failed: asyncio.Future[Sequence[Result]] = asyncio.get_running_loop().create_future()
-            failed.set_exception(error)
+            failed.set_exception(error.with_traceback(None))  # the traceback would hold this frame, and so the items
             return failed
 
     def _take(self) -> list[Row[Key, Item, Result]]:
@@ -231,35 +233,54 @@ class Batcher(Generic[Key, Item, Result]):
     def _share_of(self, row: Row[Key, Item, Result]) -> int:
         return min(self._slots, self._share(row.key))
 
-    def _back(self, batch: _OnDevice[Key, Item, Result], released: Released, forward: asyncio.Future[Sequence[Result]]) -> None:
-        """A batch came back. The device gets its next one first, and in this turn of the event loop: in a storm a turn may take as long as a forward."""
+    def _back(self, batch: _OnDevice[Key, Item, Result], forward: asyncio.Future[Sequence[Result]]) -> None:
+        """A batch came back. The device gets its next one before anybody is answered: in a storm a turn of the event loop takes as long as a forward."""
+        now = asyncio.get_running_loop().time()
         if forward.cancelled():
             self._leave(batch)
-        elif isinstance(error := forward.exception(), Exception) or (error is None and len(forward.result()) != len(batch.rows)):
-            # Whatever the device raises belongs to these rows.
-            batch.end = asyncio.get_running_loop().create_task(self._mend(batch, batch.rows, released), name="mend a batch")
+        elif (results := self._results(batch.rows, forward)) is None and self._broken is None:
+            batch.end = asyncio.get_running_loop().create_task(self._mend(batch, batch.rows, batch.released), name="mend a batch")
             batch.end.add_done_callback(partial(self._mended, batch))
-        elif error is not None:
-            self._broken = error
-            self._leave(batch)
         else:
             self._leave(batch)
-            self._done(batch.rows, batch.since, released, forward.result())
+            if results is not None:
+                self._done(batch.rows, batch.since, now, batch.released, results)
+
+    def _results(self, rows: Sequence[Row[Key, Item, Result]], forward: asyncio.Future[Sequence[Result]]) -> list[Result] | None:
+        """What came back of these rows; None where they failed: whatever the device raises belongs to them, and an answer that is none."""
+        if forward.cancelled():
+            return None
+        error = forward.exception()  # raised, its traceback would hold this frame, which holds the batch and `forward`, which holds it
+        if error is not None and not isinstance(error, Exception):  # no failure of the device: somebody wants this process to end
+            self._break(error)
+        if error is not None:
+            return None
+        try:
+            results = list(forward.result())
+        except TypeError:
+            return None
+        return results if len(results) == len(rows) else None
 
     def _mended(self, batch: _OnDevice[Key, Item, Result], mending: asyncio.Future[None]) -> None:
-        if not mending.cancelled():
-            self._broken = self._broken or mending.exception()
+        if not mending.cancelled() and (error := mending.exception()) is not None:
+            self._break(error)
         self._leave(batch)
 
+    def _break(self, error: BaseException) -> None:
+        """Nothing is judged any more: those who watch end the process."""
+        self._broken = self._broken or error
+        self.give_up(DeviceFailed)
+
     def _leave(self, batch: _OnDevice[Key, Item, Result]) -> None:
+        batch.end = None  # that of a mending which was cancelled holds its frame, and so the batch
         self._running.remove(batch)
         self._free += batch.share
         self._changed.set()
         self._send()
 
-    def _done(self, rows: Sequence[Row[Key, Item, Result]], began: float, released: Released, results: Sequence[Result] | None) -> None:
-        """Answer the rows of a batch that went to the device at that time; results: None where it failed."""
-        seconds = asyncio.get_running_loop().time() - began
+    def _done(self, rows: Sequence[Row[Key, Item, Result]], began: float, ended: float, released: Released, results: Sequence[Result] | None) -> None:
+        """Answer the rows of a batch that was on the device from then to then; results: None where it failed."""
+        seconds = ended - began
         each = seconds / len(rows) * self._share_of(rows[0]) / self._slots
         self._batch_seconds = seconds if self._batch_seconds == 0 else 0.8 * self._batch_seconds + 0.2 * seconds
         self._row_seconds = each if self._row_seconds == 0 else 0.8 * self._row_seconds + 0.2 * each
@@ -274,30 +295,24 @@ class Batcher(Generic[Key, Item, Result]):
 
     async def _mend(self, batch: _OnDevice[Key, Item, Result], rows: Sequence[Row[Key, Item, Result]], released: Released) -> None:
         """Of rows that failed together, judge each half alone, until those that fail are known."""
+        loop = asyncio.get_running_loop()
         if await self._is_lost():
             return
         if len(rows) == 1:
-            self._done(rows, batch.since, released, None)
+            self._done(rows, batch.since, loop.time(), released, None)
             return
-        loop, middle = asyncio.get_running_loop(), len(rows) // 2
+        middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):
             wanted = [row for row in half if _wanted(row, loop.time())]
             if not wanted:
                 continue
-            batch.since = loop.time()
-            results = await self._tried(wanted)
+            batch.since, forward = loop.time(), self._forward(wanted)
+            await asyncio.wait([forward])
+            results = self._results(wanted, forward)
             if results is None:
                 await self._mend(batch, wanted, "halved")
             else:
-                self._done(wanted, batch.since, "halved", results)
-
-    async def _tried(self, rows: Sequence[Row[Key, Item, Result]]) -> Sequence[Result] | None:
-        """What the device says of them; None where it fails. What it raised is dropped here: its traceback holds the tensors of the batch."""
-        try:
-            results = await self._forward(rows)
-        except Exception:  # noqa: BLE001 - as for a whole batch
-            return None
-        return results if len(results) == len(rows) else None
+                self._done(wanted, batch.since, loop.time(), "halved", results)
 
     async def _is_lost(self) -> bool:
         """After a batch has failed: whether everything would. A probe that hangs counts as that batch."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from models.errors import OutOfMemory, Problem, TookTooLong
-from service.priority import CALIBRATION, step_back
+from service.priority import put_back
 
 LONGEST_LINE = 8 * 1024 * 1024  # bytes: the result line carries the whole report
 
@@ -38,7 +38,7 @@ async def start(words: Sequence[str]) -> asyncio.subprocess.Process:
         limit=LONGEST_LINE,
         env=environment(),
     )
-    step_back(CALIBRATION, process.pid)
+    put_back(process.pid, leads=True)
     return process
 
 

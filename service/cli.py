@@ -21,6 +21,7 @@ from models.errors import Problem
 from models.registry import Registry
 from service import child
 from service.printed import print_evaluation, print_inspection, print_result
+from service.priority import put_back
 from service.settings import Settings, own_architectures
 from service.unseen import hide
 
@@ -223,6 +224,7 @@ def _run(command: list[str], quiet: bool) -> dict[str, Any]:
         Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child.environment()) as process,
     ):
+        put_back(process.pid, leads=False)
         task = bar.add_task("starting", total=1.0, eta="")
         assert process.stdout is not None  # asked for above
         try:

@@ -43,10 +43,10 @@ class Form:
 
     def openapi(self, model: type[BaseModel]) -> dict[str, Any]:
         """The request body, for the API's description."""
-        config = {"type": "string", "description": f"a {model.__name__} as JSON", "contentMediaType": "application/json"}
-        properties = {"config": config, **{name: {"type": "string", "format": "binary"} for name in self.files}}
+        properties = {"config": model.model_json_schema(), **{name: {"type": "string", "format": "binary"} for name in self.files}}
         schema = {"type": "object", "properties": properties, "required": self.needed}
-        return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+        content = {"schema": schema, "encoding": {"config": {"contentType": "application/json"}}}
+        return {"requestBody": {"required": True, "content": {"multipart/form-data": content}}}
 
 
 CALIBRATION = Form(("checkpoint", "clean_set"), ("checkpoint_config", "validation_set"), config_required=True)

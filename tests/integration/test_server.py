@@ -197,8 +197,10 @@ def test_the_event_loop_goes_before_the_threads_that_judge(tmp_path: Path) -> No
     with server(tmp_path) as (_, process):
         found = {int(task.name): os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{process.pid}/task").iterdir()}
     usual = os.getpriority(os.PRIO_PROCESS, 0)
+    if usual >= WORK:
+        pytest.skip(f"these tests run at niceness {usual} themselves")
     assert found[process.pid] == usual
-    assert list(found.values()).count(max(WORK, usual)) > LOADERS  # these, and the threads that judge and decode
+    assert list(found.values()).count(WORK) > LOADERS  # these, and the threads that judge and decode
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a connection waited")

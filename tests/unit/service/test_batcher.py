@@ -285,16 +285,55 @@ async def test_rows_that_expire_while_a_failed_batch_is_halved_do_not_reach_the_
 
 @in_virtual_time
 async def test_a_device_that_answers_too_little_fails_its_rows_and_not_the_batcher() -> None:
-    short = [True]
+    short: list[list[str] | None] = [[], None]
 
     async def run(key: str, items: Sequence[Item]) -> list[str]:
-        return [] if short[0] else ["judged"] * len(items)
+        return short.pop() if short else ["judged"] * len(items)  # type: ignore[return-value] # None, which is nothing at all
 
     batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, most=lambda _: 10)
-    with pytest.raises(DeviceFailed):
-        await batcher.submit("bundle", Item("a"), 1e9)
-    short[0] = False
-    assert await batcher.submit("bundle", Item("b"), 1e9) == "judged"
+    for name in "ab":
+        with pytest.raises(DeviceFailed):
+            await batcher.submit("bundle", Item(name), 1e9)
+    assert await batcher.submit("bundle", Item("c"), 1e9) == "judged"
+    await batcher.drain()
+
+
+@in_virtual_time
+async def test_a_row_for_which_there_is_room_does_not_wait_behind_a_wide_one_that_was_given_up() -> None:
+    device = Device(slots=2, seconds=2.0)
+    batcher = start(device, share={"narrow": 1, "wide": 2}.__getitem__)
+    running = submit(batcher, Item("a", key="narrow"))
+    await asyncio.sleep(0.1)
+    wide, behind = submit(batcher, Item("b", key="wide", deadline=0.5)), submit(batcher, Item("c", key="narrow"))
+    with pytest.raises(DeadlineExceeded):
+        await wide
+    assert (await behind, clock()) == ("c judged", 2.5)
+    await running
+    await batcher.drain()
+
+
+@in_virtual_time
+async def test_rows_that_are_given_up_while_their_batch_is_mended_are_kept_by_nothing() -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    async def run(key: str, items: Sequence[Item]) -> list[str]:
+        raise RuntimeError("the device failed")
+
+    batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, most=lambda _: 10, probe=never)
+    items = [Item("a"), Item("b")]
+    rows, held = [submit(batcher, item) for item in items], [weakref.ref(item) for item in items]
+    del items
+    gc.disable()  # no collection is to be needed for it
+    try:
+        await asyncio.sleep(2.0)
+        batcher.give_up(Draining)
+        assert [type(found) for found in await asyncio.gather(*rows, return_exceptions=True)] == [Draining, Draining]
+        del rows
+        await asyncio.sleep(0.1)
+        assert [item() for item in held] == [None, None]
+    finally:
+        gc.enable()
     await batcher.drain()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -96,6 +97,24 @@ async def test_x14_a_probe_that_does_not_come_back_counts_as_its_batch() -> None
     with pytest.raises(DeviceFailed):
         await row
     await batcher.drain()
+
+
+@in_virtual_time
+async def test_what_is_no_failure_of_the_device_ends_the_judging_and_those_who_watch_hear_of_it() -> None:
+    class Leave(BaseException):
+        pass
+
+    async def run(key: str, items: Sequence[Item]) -> list[str]:
+        raise Leave
+
+    batcher: Batcher[str, Item, str] = Batcher(run, capacity=10, most=lambda _: 1)
+    rows = [submit(batcher, Item(name)) for name in "ab"]
+    assert await batcher.watch(20.0) == "failed"
+    assert [type(found) for found in await asyncio.gather(*rows, return_exceptions=True)] == [DeviceFailed, DeviceFailed]
+    with pytest.raises(DeviceFailed):
+        await batcher.submit("bundle", Item("c"), 1e9)
+    with pytest.raises(Leave):
+        await batcher.drain()
 
 
 @in_virtual_time

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from calibration.config import CalibrationConfig
 from service import docs
 from tests.support import Client, make_service, serving
 
@@ -55,6 +56,15 @@ def test_every_call_tells_of_tokens_and_problems(client: Client) -> None:
         assert call["responses"]["default"] == {"$ref": "#/components/responses/Problem"}
         assert "422" not in call["responses"]
     assert "HTTPValidationError" not in str(found)
+
+
+def test_the_configuration_of_an_upload_is_told_field_by_field_and_sent_as_json(client: Client) -> None:
+    found = client("GET", "/openapi.json").json()
+    body = found["paths"]["/v1/calibrations"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    config = body["schema"]["properties"]["config"]
+    assert body["encoding"] == {"config": {"contentType": "application/json"}}
+    assert {"name", "preset", "budget", "target_fpr", "architecture", "classes"} <= config["properties"].keys()
+    assert all(CalibrationConfig.model_validate(example) for example in config["examples"])  # what the page offers to send
 
 
 def test_all_files_are_installed_with_the_package() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
-from service.priority import CALIBRATION, WORK, step_back, working
+from service.priority import CALIBRATION, WORK, put_back, step_back, working
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
 
@@ -41,14 +44,46 @@ def test_a_thread_never_asks_for_more_than_it_has() -> None:
 
 
 @linux
-def test_a_process_steps_back_and_one_that_has_ended_is_let_be() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        step_back(CALIBRATION, process.pid)
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == max(CALIBRATION, niceness())
+@pytest.mark.parametrize("leads", [True, False], ids=["leader", "in our group"])
+def test_a_process_is_put_back_and_one_that_has_ended_is_let_be(leads: bool) -> None:
+    usual = niceness()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=leads) as process:
+        put_back(process.pid, leads=leads)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == max(CALIBRATION, usual)
         process.communicate(b"\n")
-    step_back(CALIBRATION, process.pid)
+    put_back(process.pid, leads=leads)
+    assert niceness() == usual
+
+
+@linux
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="a kernel that does not group processes by sessions")
+def test_the_session_of_a_process_is_put_back_with_it_and_ours_is_not() -> None:
+    usual = Path("/proc/self/autogroup").read_text()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as process:
+        put_back(process.pid, leads=True)
+        assert Path(f"/proc/{process.pid}/autogroup").read_text().split() == [ANY, "nice", str(CALIBRATION)]
+        process.communicate(b"\n")
+    assert Path("/proc/self/autogroup").read_text() == usual
 
 
 def test_all_threads_are_there_at_once() -> None:
     with working(3, "early"):
         assert sum(thread.name.startswith("early") for thread in threading.enumerate()) == 3
+
+
+def test_where_the_process_may_have_no_more_threads_those_that_are_there_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def at_most_two(thread: threading.Thread) -> None:
+        if thread.name.startswith("few_2"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", at_most_two)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        working(3, "few")
+    gc.collect()  # an executor that nobody has any more lets its threads go
+    for thread in threading.enumerate():
+        if thread.name.startswith("few"):
+            thread.join(10.0)
+            assert not thread.is_alive()

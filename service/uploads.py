@@ -67,6 +67,17 @@ class _HashedFile:
         self._stream.write(data)
 
 
+class _Text:
+    """A part that should be a file. Empty, it is a form's way to say that there is none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def write(self, data: bytes) -> None:
+        if data:
+            raise UploadMissing(f"The part `{self._name}` is text; send it as a file (curl: -F {self._name}=@path).")
+
+
 async def new_folder(parent: Path, held: ExitStack) -> Path:
     """A folder for one upload, under a name that nobody guesses. Until `held` is closed, no server takes it for one that a crash left behind."""
 
@@ -92,7 +103,7 @@ async def receive(request: Request, form: Form, model: type[M], folder: Path, *,
             if name not in ("config", *form.files) or name in seen:
                 raise UnexpectedField(f"An upload has the parts {parts}, once each.")
             if name != "config" and not is_file:
-                raise UploadMissing(f"The part `{name}` is text; send it as a file (curl: -F {name}=@path).")
+                return _Text(name)
             seen.add(name)
             if name == "config":
                 return text

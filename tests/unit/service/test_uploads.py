@@ -52,3 +52,14 @@ def test_what_is_acknowledged_is_on_the_disk(tmp_path: Path, monkeypatch: pytest
         job = uploaded(client).json()["id"]
     assert sorted(flushed[:2]) == ["checkpoint", "clean_set"]
     assert flushed[2:4] == [job, "uploads"]
+
+
+def test_an_optional_file_that_a_form_sends_empty_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = form(part("config", b'{"name": "new"}', None), part("checkpoint", b"x"), part("checkpoint_config", b"", None), part("clean_set", b"x"))
+    lacking = form(part("config", b'{"name": "new"}', None), part("checkpoint", b"", None), part("clean_set", b"x"))
+    with serving(make_service(tmp_path)) as client:
+        monkeypatch.setattr(client.service.worker, "check", nothing_wrong)
+        answer, refused = (client("POST", "/v1/calibrations", [("Content-Type", MULTIPART)], body) for body in (sent, lacking))
+        assert answer.status_code == 202
+        assert sorted(path.name for path in (tmp_path / "uploads" / answer.json()["id"]).iterdir()) == ["checkpoint", "clean_set"]
+        assert (refused.status_code, refused.json()["code"], refused.json()["detail"]) == (422, "upload_missing", "The upload lacks `checkpoint`.")

@@ -6,14 +6,12 @@ takes the time of an answer.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-SIZES = 32  # of crowds, each twice as large as the one before
 _MILLISECONDS = re.compile(rb"[0-9]{1,18}")
 
 
@@ -21,31 +19,27 @@ class Traffic:
     """Counts images from when they are here completely, since a slow sender keeps nobody waiting, until they are judged.
 
     One that took t while n were under way, itself included, says that each takes t / n. The least of the last few is believed: an image that is slow to
-    decode must not have others refused. What is known of crowds is kept apart from what images say that come one by one: a GPU takes as long for one as for
-    fifty, and the first crowd after a quiet time would be refused.
+    decode must not have others refused.
 
     A crowd that comes at once is what a queue is for; a queue that stays only makes all of them wait, and what waits takes memory and caches from what runs.
     So an image comes in where it would wait for BURST of what is left of its deadline at most, or for STANDING of it if for as long as its deadline no image
     came that had less than CALM to wait.
     """
 
-    LAST = 32  # of one, of two or three, of four to seven, and so on, under way
+    LAST = 32
     BURST, STANDING = 0.5, 0.25  # with more than a half, what is admitted comes too late where the guess is a little low
     CALM = 0.05  # seconds ahead
 
     def __init__(self, deadline_seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._deadline, self._clock = deadline_seconds, clock
         self._under_way = 0
-        self._last = [deque[float](maxlen=self.LAST) for _ in range(SIZES)]  # seconds for each, by how many were under way
-        self._least = [math.inf] * SIZES  # of each of these
+        self._each: deque[float] = deque(maxlen=self.LAST)
         self._calm = clock()  # when an image last came and had next to nothing before it
 
     @property
     def seconds_ahead(self) -> float:
-        """What those that are under way will take, as others have that were as many; where there were none, as fewer have, or else as more."""
-        size = self._under_way.bit_length()
-        known = (least for least in (*self._least[size::-1], *self._least[size:]) if least < math.inf)
-        return self._under_way * next(known, 0.0)
+        """What those that are under way will take."""
+        return self._under_way * min(self._each, default=0.0)
 
     def hopeless(self, headers: Iterable[tuple[bytes, bytes]], waited: float = 0.0) -> bool:
         """Whether a request with these headers should be refused at once, since its answer would come too late.
@@ -67,8 +61,6 @@ class Traffic:
         among = self._under_way
         try:
             yield
-            size = among.bit_length()
-            self._last[size].append((self._clock() - began) / among)
-            self._least[size] = min(self._last[size])
+            self._each.append((self._clock() - began) / among)
         finally:
             self._under_way -= 1

@@ -105,32 +105,6 @@ def test_what_fails_teaches_nothing_and_leaves_nothing_behind() -> None:
     assert (traffic.seconds_ahead, traffic.hopeless(HEADERS)) == (0.0, False)
 
 
-def test_a_quiet_time_does_not_make_a_device_forget_how_fast_it_judges_a_crowd() -> None:
-    clock = Clock()
-    traffic = Traffic(10.0, clock)
-
-    def batch(images: int) -> None:
-        """All together, in a tenth of a second, as a GPU does."""
-        with ExitStack() as stack:
-            for _ in range(images):
-                stack.enter_context(traffic.judging())
-            clock.now += 0.1
-
-    batch(200)
-    for _ in range(100):
-        batch(1)
-    with ExitStack() as stack:
-        for _ in range(150):
-            assert not traffic.hopeless(HEADERS)
-            stack.enter_context(traffic.judging())
-    for _ in range(Traffic.LAST):
-        judged(traffic, clock, 200, 0.1)  # it has become slower, and they tell
-    with ExitStack() as stack:
-        for _ in range(150):
-            stack.enter_context(traffic.judging())
-        assert traffic.hopeless(HEADERS)
-
-
 def test_a_few_slow_images_keep_nobody_out() -> None:
     clock = Clock()
     traffic = Traffic(1.0, clock)

@@ -37,7 +37,7 @@ they agree. Side by side in one process, turn by turn: the suspect without a gua
 same time, over all rounds (the records of GPUs are older: of the median round, step by step, with three experts, and with a gate at a tenth).
 The unguarded network runs as PyTorch runs it, in float32; how it does when it is served in the ways that serve our guard, with norms folded and traced or in
 ONNX Runtime, stands beside it. A record names the commit that was measured; what had another score or another gate then is told in [the results](results.md).
-The AVX2 machine's storm over HTTP is from before a queue that stays was halved.
+The AVX2 machine's storm over HTTP is from before a queue that stays was halved and the event loop went first.
 
 ## What was tried
 

@@ -60,9 +60,10 @@ def _serve(settings: Settings, log_lines: Log) -> None:
     registry, jobs = _data(settings)
     metrics = Metrics()
     listener = _listen(settings, metrics)
+    engine = Engine(registry, device, settings.threads, settings.max_batch)
     try:
-        service = Service(settings, Engine(registry, device, settings.threads, settings.max_batch), jobs, metrics)
-    except RuntimeError as error:
+        service = Service(settings, engine, jobs, metrics)
+    except RuntimeError as error:  # of its pools: nothing else in it computes or starts
         raise CannotStart(f"{error}: let this process have more threads (TasksMax= of systemd, --pids-limit of Docker, ulimit -u).") from error
     limits = ProtocolLimits(upload_prefixes=("/v1/calibrations", "/v1/inspections"))
     sys.setswitchinterval(SWITCH_SECONDS)

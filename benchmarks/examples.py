@@ -5,6 +5,7 @@ Calibrates as `badexpert calibrate` does, seed 0, and evaluates on the 7,600 tes
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
@@ -61,6 +62,7 @@ def measure(guarded: Bundle, suspect: str, reported: Split) -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.examples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     _, test = cifar10()
     rows = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[CLEAN_SET + SAMPLES :]
     made = []

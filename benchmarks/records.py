@@ -10,9 +10,10 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -41,9 +42,7 @@ def put(record: Record, root: Path = RESULTS) -> None:
     """Write a record in place of an earlier one of its cell."""
     path = path_of(record, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # several evaluations may run at once
-        file.seek(0)
+    with _alone_in(path) as file:
         others = [json.loads(line) for line in file]
         records = sorted([*(other for other in others if key(other) != key(record)), record], key=lambda each: str(key(each)))
         file.truncate(0)
@@ -69,8 +68,19 @@ def enlist(path: Path, found: Sequence[Record], *names: str) -> None:
     def cell(record: Record) -> tuple[Any, ...]:
         return tuple(record[name] for name in names)
 
-    kept = {cell(each): each for each in (*listed(path), *found)}
-    path.write_text(json.dumps([kept[each] for each in sorted(kept)], indent=1) + "\n")
+    with _alone_in(path) as file:
+        kept = {cell(each): each for each in (*json.loads(file.read() or "[]"), *found)}
+        file.truncate(0)
+        file.write(json.dumps([kept[each] for each in sorted(kept)], indent=1) + "\n")
+
+
+@contextmanager
+def _alone_in(path: Path) -> Iterator[TextIO]:
+    """A file to read and to write anew, made where it is not there: several measurements may run at once, and none loses what another wrote."""
+    with open(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        yield file
 
 
 def circumstances(device: torch.device) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def texts(readme_now: str) -> dict[Path, str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "badexpert"  # the same records give the same files
     found = records.read()
     for path, text in texts(README.read_text()).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -116,6 +117,14 @@ def test_a_list_keeps_one_record_of_a_cell_the_later_one_in_the_order_of_cells(t
     records.enlist(path, [{"network": "b", "size": 64, "rate": 1}, {"network": "b", "size": 8, "rate": 2}], "network", "size")
     records.enlist(path, [{"network": "a", "size": 8, "rate": 3}, {"network": "b", "size": 64, "rate": 4}], "network", "size")
     assert [(each["network"], each["size"], each["rate"]) for each in records.listed(path)] == [("a", 8, 3), ("b", 8, 2), ("b", 64, 4)]
+
+
+def test_a_list_keeps_the_records_of_all_who_write_at_once(tmp_path: Any) -> None:
+    path = tmp_path / "list.json"
+    with ThreadPoolExecutor(8) as pool:
+        for written in [pool.submit(records.enlist, path, [{"network": f"{number:02}"}], "network") for number in range(64)]:
+            written.result()
+    assert [each["network"] for each in records.listed(path)] == [f"{number:02}" for number in range(64)]
 
 
 def test_where_another_detector_is_ahead_is_told_by_attack() -> None:

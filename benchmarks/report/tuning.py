@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from scipy.stats import spearmanr
 
+from benchmarks.canaries import CHOOSING, chosen_within
 from benchmarks.records import Record
 from benchmarks.report.tables import row
 from calibration.canary import KINDS
-from calibration.config import Budget
 from calibration.recipes import AutoRecipe
-from calibration.search import HOTTEST, STOPS, Setting, choose
+from calibration.search import Setting
 
 NEAR = 0.02  # of the best setting of the grid
 
@@ -45,9 +45,8 @@ def verdict(found: Sequence[Record]) -> list[str]:
     """How often the choice was near the best, and how power on canaries goes with that on real attacks."""
     real = [record["real"] for record in found]
     lines = []
-    budgets: tuple[Budget, ...] = ("standard", "thorough")
-    for budget in budgets:
-        chosen = [_real_of(record, chosen_within(record, budget)) for record in found]
+    for budget in CHOOSING:
+        chosen = [_real_of(record, chosen_within(record["tried"], budget)) for record in found]
         near = sum(value >= _best(record) - NEAR for value, record in zip(chosen, found, strict=True))
         lines.append(f"With the budget `{budget}` canaries choose a setting within 2 points of the best of the whole grid for {near} of {len(found)} suspects.")
     near = sum(_default(record) >= _best(record) - NEAR for record in found)
@@ -62,12 +61,6 @@ def verdict(found: Sequence[Record]) -> list[str]:
     optimism = statistics.mean(statistics.mean(values) - value for values, value in known)
     lines.append(f"On average power is {abs(optimism):.3f} {'above' if optimism > 0 else 'below'} the real TPR.")
     return lines
-
-
-def chosen_within(record: Record, budget: Budget) -> Setting:
-    """What the same search would have chosen from a smaller grid."""
-    tried = [each for each in record["tried"] if each["expert_stop"] in STOPS[budget] and each["auxiliary_lr"] in HOTTEST[budget]]
-    return choose(tried, Setting(AutoRecipe.expert_stop, AutoRecipe.auxiliary_lr))
 
 
 def few_images(found: Sequence[Record]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import records
+from benchmarks.canaries import chosen_within
 from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README
@@ -17,7 +18,6 @@ from benchmarks.report.page import attempts, left_out, not_evaluated
 from benchmarks.report.performance import by_round, over_calibrations, over_http
 from benchmarks.report.tables import table_at_one_rate, table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
 from benchmarks.report.tuning import canaries as section
-from benchmarks.report.tuning import chosen_within
 from benchmarks.report.tuning import few_images as small_sets
 from calibration.canary import KINDS
 from calibration.search import HOTTEST, STOPS
@@ -173,7 +173,7 @@ def planted(suspect: str, reals: list[float], worst: list[float]) -> records.Rec
     settings = zip(grid, reals, worst, strict=True)
     tried = [{"expert_stop": stop, "auxiliary_lr": lr, "caught": {"patch": 1.0, "warp": low}, "real": real} for (stop, lr), real, low in settings]
     about = [{"kind": kind, "power": 0.5 if kind == "warp" else None if kind == "sourced" else 1.0} for kind in KINDS]
-    chosen = chosen_within({"tried": tried}, "thorough")
+    chosen = chosen_within(tried, "thorough")
     real = next(each["real"] for each in tried if (each["expert_stop"], each["auxiliary_lr"]) == (chosen.expert_stop, chosen.auxiliary_lr))
     return {"suspect": suspect, "tried": tried, "canaries": about, "real": real}
 

@@ -1,4 +1,4 @@
-"""What the suspect computes on the way: the results of its blocks, for detectors that look inside."""
+"""What the suspect computes on the way: the results of its blocks, for a detector that looks inside."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MOST_LAYERS, GRID = 12, 4
 
 
 class Layers:
-    """A network cut behind each of its blocks, or behind MOST_LAYERS of them; with `last_map` behind the last map of more than one place alone."""
+    """A network cut behind each of its blocks, or behind MOST_LAYERS of them."""
 
-    def __init__(self, suspect: Observed, example: Tensor, last_map: bool = False) -> None:
+    def __init__(self, suspect: Observed, example: Tensor) -> None:
         """example: uint8 [1, 3, H, W]. Raises NotApplicable for a network that cannot be cut so."""
         self.suspect = suspect
         inputs = suspect.preprocessing.normalise(example)
@@ -25,14 +25,9 @@ class Layers:
             cuts = trunk.cuts(suspect.network, inputs)
         except trunk.CannotCut as problem:
             raise NotApplicable(str(problem)) from problem
-        if last_map:
-            chosen = next(([cut.name] for cut in reversed(cuts) if _is_map(trunk.split(suspect.network, cut.name)[0], inputs)), None)
-            if chosen is None:
-                raise NotApplicable("no feature map flows through one place of the suspect")
-        else:
-            # Of neighbours with nothing multiplied between them, the last: behind the norm and the activation.
-            names = list({round(cut.tail_share, 9): cut.name for cut in cuts if cut.tail_share < 1}.values())
-            chosen = [names[round(place)] for place in torch.linspace(0, len(names) - 1, min(MOST_LAYERS, len(names))).tolist()]
+        # Of neighbours with nothing multiplied between them, the last: behind the norm and the activation.
+        names = list({round(cut.tail_share, 9): cut.name for cut in cuts if cut.tail_share < 1}.values())
+        chosen = [names[round(place)] for place in torch.linspace(0, len(names) - 1, min(MOST_LAYERS, len(names))).tolist()]
         self.parts: list[nn.Module] = list(trunk.split(suspect.network, *dict.fromkeys(chosen)))
 
     @torch.inference_mode()
@@ -57,10 +52,3 @@ def vectors(value: Tensor) -> Tensor:
     elif value.ndim == 3:
         value = value.mean(1)
     return value.flatten(1)
-
-
-@torch.inference_mode()
-def _is_map(part: nn.Module, inputs: Tensor) -> bool:
-    """Whether a part of a network gives several places or tokens an image, not one vector."""
-    value = part(inputs)
-    return isinstance(value, Tensor) and (value.ndim == 3 or (value.ndim == 4 and value.shape[-1] > 1))

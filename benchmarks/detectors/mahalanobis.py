@@ -1,6 +1,7 @@
 """The feature distance alone (Lee et al. 2018, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks").
 
 One kind of the evidence in our guard's score, in its plain form: how far the features before the head lie from those of the predicted class.
+Without the paper's ensemble over layers and its noise on inputs.
 """
 
 from __future__ import annotations

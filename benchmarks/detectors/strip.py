@@ -1,6 +1,8 @@
 """STRIP (Gao et al. 2019, "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks").
 
 An image is superimposed with clean ones. A trigger survives that and keeps the prediction, so its entropy stays low; without one the prediction varies.
+
+The authors superimpose 100 images; 32 are what a suite of this size can pay for.
 """
 
 from __future__ import annotations

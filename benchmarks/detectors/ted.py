@@ -2,6 +2,9 @@
 
 In each layer an image's nearest neighbours among clean images are sorted; its rank there is the place of the first that the suspect gives the same class. A
 clean image is close to its class all the way, a triggered one only at the end. The ranks of all layers together go to a PCA outlier detector.
+
+Unlike in the authors' code a layer is a block of the network, maps are averaged over 4x4 fields, and the reference images are all of the clean ones. Taken
+flat, of those that the suspect gets right, behind blocks or behind each convolution, BadNet came out at an AUROC of 0.67 and 0.80 instead of 0.90.
 """
 
 from __future__ import annotations

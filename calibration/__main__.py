@@ -153,7 +153,7 @@ def _device(args: argparse.Namespace) -> Any:
 
     device = find_device(args.device)
     if device.type == "cuda":  # on a CPU all that is used here is deterministic, and saying so imports for seconds
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # as far as it can be: the gradient of VGG's adaptive pooling cannot
         torch.backends.cudnn.benchmark = False
     return device
 

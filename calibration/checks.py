@@ -19,6 +19,8 @@ LEAST_RANK = 3  # of the threshold among validation scores
 CHANCE = 0.01  # of a warning where there is nothing to warn of
 OFTEN = 0.25  # share of images whose labels are contradicted
 MOSTLY = 0.8  # share of errors among the rejected images
+SEVERAL = 3  # classes: a suspect that confuses one or two with another has no backdoor for that
+WEAK = 0.25  # of the way from naming the largest class always to no error
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,24 @@ class Caution:
         return asdict(self)
 
 
-def expert_still_accurate(accuracies: Sequence[float], suspect: float) -> Caution | None:
-    """An expert that still knows the task agrees with the suspect on clean images too, and separates nothing."""
-    if max(accuracies) > 0.5 * suspect:
+def suspect_near_chance(accuracy: float, labels: Tensor) -> Caution | None:
+    """What a suspect that hardly knows the task says of an image tells little; nor can experts forget, or an auxiliary keep, what it does not know.
+
+    accuracy: of validation images, labels int64 [n]. Not above chance at all it is refused before anything is trained (`labels.at_chance`).
+    """
+    largest = labels.bincount().max().item() / len(labels)
+    if accuracy < largest + WEAK * (1 - largest):
+        detail = f"The suspect gets {accuracy:.1%} of the validation images right; always naming the largest class gets {largest:.1%}."
+        return Caution("suspect-near-chance", detail)
+    return None
+
+
+def expert_still_accurate(accuracies: Sequence[float], suspect: float, stop: float | None) -> Caution | None:
+    """An expert that still knows the task agrees with the suspect on clean images too, and separates nothing.
+
+    stop: the held-back accuracy at which training was to end, where it was; validation images may tell of a little more.
+    """
+    if max(accuracies) > max(0.5 * suspect, 0.0 if stop is None else stop + 0.1):
         return Caution("expert-still-accurate", f"A backdoor expert still gets {max(accuracies):.1%} of the validation images right.")
     return None
 
@@ -128,14 +145,15 @@ def own_errors(scores: Tensor, right: Tensor, threshold: Threshold) -> Caution |
 
 def contaminated(found: Sequence[Concentration], images: int, kind: str, names: Sequence[str]) -> list[Caution]:
     """Classes that the suspect is sure to see in images of others; kind: which images were looked at."""
-    return [
-        Caution(
-            "contamination",
-            f"{each.count} of {images} {kind} images, of {each.labels} other classes, are surely {cleaned(names[each.predicted])} to the suspect. "
-            f"Look at them: triggers in the {kind} set would show so.",
-        )
-        for each in found
-    ]
+    cautions = []
+    for each in found:
+        of = f"{each.labels} other classes" if each.labels > 1 else "one other class"
+        seen = f"{each.count} of {images} {kind} images, of {of}, are surely {cleaned(names[each.predicted])} to the suspect. Look at them: "
+        if each.labels >= min(SEVERAL, len(names) - 1):
+            cautions.append(Caution("contamination", f"{seen}triggers in the {kind} set would show so."))
+        else:
+            cautions.append(Caution("confused-classes", f"{seen}their labels may be wrong, or the suspect confuses these classes."))
+    return cautions
 
 
 def contradicted(count: int, images: int) -> Caution | None:

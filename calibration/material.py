@@ -137,17 +137,22 @@ def prepare(config: CalibrationConfig, opened: Opened, device: torch.device) -> 
 def affordable(opened: Opened, size: int, target_fpr: float, seed: int) -> Parts:
     """The parts, or smaller ones of the same proportions where the pixels of all images would take more than PIXEL_BYTES.
 
-    Raises FprUnreachable where those left for validation cannot promise the target.
+    Raises FprUnreachable where those left for validation cannot promise the target, CleanSetDegenerate where hardly any are left to train with.
     """
     share = PIXEL_BYTES / (3 * size * size * len(opened.parts))
     if share >= 1:
         return opened.parts
     images = {"fit": opened.clean, "held_back": opened.clean, "validation": opened.validation}
-    parts = Parts(**{name: sample(rows, images[name].labels, images[name].groups, share, seed) for name, rows in vars(opened.parts).items()})
+    parts = Parts(**{name: sample(rows, images[name].labels, share, seed) for name, rows in vars(opened.parts).items()})
     if len(parts.validation) < (needed := needed_for(target_fpr)):
         raise FprUnreachable(
             f"Of images of {size}x{size} pixels, as the suspect sees them, {len(parts):,} fit into memory, {len(parts.validation):,} of them for validation; "
             f"a false-rejection rate of {target_fpr:g} needs {needed:,}. Ask for {least_fpr(len(parts.validation)):g} or more."
+        )
+    if len(parts.fit) < LEAST_FIT:
+        raise CleanSetDegenerate(
+            f"Of images of {size}x{size} pixels, as the suspect sees them, {len(parts):,} fit into memory, {len(parts.fit):,} of them to train with; at least "
+            f"{LEAST_FIT} must be. A suspect of so large images cannot be guarded."
         )
     return parts
 

@@ -35,8 +35,9 @@ class Trained:
 
 def train(config: CalibrationConfig, material: Material, tracker: Tracker, resume: Resume) -> Trained:
     """Experts and auxiliary by the preset that the configuration names."""
-    if material.held_back is None:
+    if config.preset == "paper":
         return _train_paper(config, material, tracker, resume)
+    assert material.held_back is not None  # only `paper` looks at none
     return _train_auto(config, material, material.held_back, tracker, resume)
 
 

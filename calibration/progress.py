@@ -43,10 +43,12 @@ class Tracker:
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[float], None]]:
         """Run a stage; yields a function that takes the stage's own fraction."""
-        began = self._clock()
+        began, furthest = self._clock(), 0.0
 
         def report(fraction: float) -> None:
-            whole = min(self._done + self._shares[name] * fraction, 1.0)
+            nonlocal furthest
+            furthest = max(furthest, fraction)  # a training that is begun again at a colder rate takes nothing back
+            whole = min(self._done + self._shares[name] * furthest, 1.0)
             elapsed = self._clock() - self._started
             self._emit(Progress(name, round(whole, 4), round(elapsed / whole - elapsed, 1) if whole > 0.02 else None))
 

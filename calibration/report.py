@@ -65,9 +65,9 @@ def render(report: dict[str, Any], judged: Judgement, labels: Tensor, threshold:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Calibration of {html.escape(report['guard'])}</title><style>{_STYLE}</style></head><body>"
         f"<h1>Calibration of {html.escape(report['guard'])}</h1>"
-        f'<p class="promise">Of clean images like those it was calibrated on, this guard rejects at most <b>{threshold.target_fpr:.2%}</b>, '
-        f"{threshold.expected:.2%} on average: by its {threshold.n} validation images, between <b>{low:.2%}</b> and <b>{high:.2%}</b> of the next {COUNTED:,} "
-        "with 90% probability.</p>"
+        f'<p class="promise">Of clean images like those it was calibrated on, a guard with {threshold.n} validation images and a target of '
+        f"<b>{threshold.target_fpr:.2%}</b> rejects {threshold.expected:.2%} on average. This one rejects between <b>{low:.2%}</b> and <b>{high:.2%}</b> of "
+        f"the next {COUNTED:,} with 90% probability.</p>"
         f"{warnings}<h2>What was calibrated</h2><table>{table}</table>{_canaries(report)}<h2>What it looks like</h2>{figures}"
         f'<p class="quiet">The promise is about clean images. How many triggered images are caught depends on the attack, and no clean set can tell.</p>'
         "</body></html>\n"
@@ -89,7 +89,6 @@ def _canaries(report: dict[str, Any]) -> str:
         f"<td>{_percent(each['power'], each['fooled']) if each['took'] else html.escape('did not take: ' + each['why_not'])}</td></tr>"
         for each in report["canaries"]
     )
-    setting = ", ".join(f"{name.replace('_', ' ')} {report['settings'][name]:g}" for name in ("expert_stop", "auxiliary_lr"))
     of_copy = report["canary_copy"]
     return (
         "<h2>What it would catch</h2><p>Backdoors that this calibration planted in a copy of the suspect, and what a guard of that copy rejects of the images "
@@ -97,14 +96,37 @@ def _canaries(report: dict[str, Any]) -> str:
         "is caught seldom: they compare, they do not promise.</p>"
         f"<table><tr><th>planted trigger</th><th>fools the copy</th><th>is rejected</th></tr>{rows}</table>"
         f'<p class="quiet">Counted are images that the copy does not take for the target without a trigger, too: held-back ones, and for what is rejected '
-        f"validation images. Of held-back images the copy gets {of_copy['accuracy']:.1%} right, the suspect {of_copy['suspect_accuracy']:.1%}. "
-        f"Of {len(report['search'])} settings tried on them this guard has: {setting}.</p>"
+        f"validation images. Of held-back images the copy gets {of_copy['accuracy']:.1%} right, the suspect {of_copy['suspect_accuracy']:.1%}.</p>"
+        f"{_search(report)}"
     )
 
 
-def _percent(share: float | None, of: int) -> str:
-    """Of how many images; those of a share that nobody can tell are too few."""
-    return f"- (of {of})" if share is None else f"{share:.1%} of {of}"
+def _search(report: dict[str, Any]) -> str:
+    """Each setting that was tried with what it caught of each kind of canary, and which was chosen."""
+    chosen = report["chosen"]
+    if not report["search"]:
+        return f"<p>Nothing of this could choose between settings: the guard has the default, {_setting(chosen)}.</p>"
+    kinds = list(report["search"][0]["caught"])
+    rows = ""
+    for tried in report["search"]:
+        mark = "chosen" if all(tried[name] == value for name, value in chosen.items()) else ""
+        cells = (_setting(tried), *(_percent(tried["caught"][kind]) for kind in kinds), mark)
+        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return (
+        "<h2>How its settings were chosen</h2><p>Each was tried on that copy: what a guard with it rejects of the held-back stamped images that fool the copy. "
+        "Chosen is the one whose worst-caught kind is caught most often; another than the default, only where the difference is not luck.</p>"
+        f"<table><tr><th>setting</th>{''.join(f'<th>{kind}</th>' for kind in kinds)}<th></th></tr>{rows}</table>"
+    )
+
+
+def _setting(known: dict[str, Any]) -> str:
+    return f"experts stopped at {known['expert_stop']:.0%} right, auxiliary from a learning rate of {known['auxiliary_lr']:g} on"
+
+
+def _percent(share: float | None, of: int | None = None) -> str:
+    """Of how many images, where that is to be told; those of a share that nobody can tell are too few."""
+    said = "-" if share is None else f"{share:.1%}"
+    return said if of is None else f"{said} of {of}" if share is not None else f"{said} (of {of})"
 
 
 def _histogram(judged: Judgement, labels: Tensor, threshold: Threshold) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from models.durable import write_file
 
 KEPT_SECONDS = 7 * 24 * 3600.0  # until what nobody went on with is given up
 HOW = 2  # stages are made, and kept: raised where either changes, so that what an earlier release kept is made anew
+NAMED = re.compile("[0-9a-f]{16}")  # what is kept; the folder may be one that holds other things
 Made = tuple[list[nn.Module], dict[str, Any]]  # networks, and what is to be known of how they were made, as JSON has it
 
 
@@ -61,8 +63,8 @@ class Resume:
             shutil.rmtree(self._folder, ignore_errors=True)
             with suppress(OSError):
                 for other in self._folder.parent.iterdir():
-                    if time.time() - other.stat().st_mtime > KEPT_SECONDS:
-                        shutil.rmtree(other) if other.is_dir() else other.unlink()
+                    if NAMED.fullmatch(other.name) and time.time() - other.stat().st_mtime > KEPT_SECONDS:
+                        shutil.rmtree(other)
                 self._folder.parent.rmdir()  # raises where others are not done
 
     def _read(self, path: Path, blank: Callable[[], list[nn.Module]]) -> Made | None:

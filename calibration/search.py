@@ -20,6 +20,7 @@ from calibration.config import Budget
 from calibration.finetune import Advance, LabelledPixels, accuracy
 from calibration.resume import Made, Resume
 from calibration.workshop import Assembly, Workshop
+from models.errors import TrainingDiverged
 from models.guard import Guard
 from models.threshold import conformal_threshold
 
@@ -66,18 +67,24 @@ def _search(workshop: Workshop, budget: Budget, target_fpr: float, advance: Adva
         return {trigger.kind: stamp(trigger, part, predicted) for trigger in canary.took}
 
     tried, power = [], dict[str, Caught]()
+    guards, diverged = None, None
     if canary.took:
-        guards = make_guards(workshop, canary.network, budget, lambda done: advance(0.2 + 0.7 * done))
+        try:
+            guards = make_guards(workshop, canary.network, budget, lambda done: advance(0.2 + 0.7 * done))
+        except TrainingDiverged:  # of the copy: the suspect's own guard may well be trained
+            diverged = "the training of the copy's guard diverged"
+    if guards is not None:
         told = stamped(held_back)
         for setting, guard in guards.items():
             shares = {kind: found.share for kind, found in caught(guard, held_back, told, target_fpr).items()}
             tried.append({**asdict(setting), "caught": shares})
     chosen = choose(tried, default)
-    if canary.took:
+    if guards is not None:
         power = caught(guards[chosen], material.validation, stamped(material.validation), target_fpr)
     advance(1.0)
     planted = []
-    for trigger, asr, images, why_not in zip(canary.triggers, canary.asr, canary.images, canary.why_not, strict=True):
+    for trigger, asr, images, untaken in zip(canary.triggers, canary.asr, canary.images, canary.why_not, strict=True):
+        why_not = untaken or diverged
         found = power.get(trigger.kind, Caught(None, 0))
         share = found.share if found.fooled >= LEAST else None
         planted.append(Planted(trigger.kind, round(asr, 4), images, why_not is None, why_not, share, found.fooled))

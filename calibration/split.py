@@ -57,9 +57,9 @@ def hold_back(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -
     return fit, back
 
 
-def sample(rows: Rows, labels: Rows, groups: Rows, share: float, seed: int) -> Rows:
-    """A stratified share of `rows`, int64 [M], at most 1; all of them where it is 1. Whole groups may make it a little less than asked for."""
-    _, kept = _take(rows, labels, groups, len(rows) - round(share * len(rows)), seed, "sample")
+def sample(rows: Rows, labels: Rows, share: float, seed: int) -> Rows:
+    """A stratified share of `rows`, int64 [M], at most 1; all of them where it is 1. Of a group some may stay: it is in one part alone before and after."""
+    _, kept = _take(rows, labels, np.arange(len(labels)), len(rows) - round(share * len(rows)), seed, "sample")
     return kept
 
 

@@ -65,7 +65,8 @@ def summarise(
     held_back = labels[:0] if material.held_back is None else material.held_back.labels.cpu()
     contradicted = contamination(judged.confidence, judged.prediction, labels, len(clean.names))
     cautions = [
-        checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"]),
+        checks.suspect_near_chance(accuracies["suspect"], labels),
+        checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"], trained.settings.get("expert_stop")),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),
         checks.repeated_images(len(np.unique(opened.validation.groups[material.parts.validation])), threshold.n),
@@ -100,6 +101,7 @@ def summarise(
         "canaries": [asdict(each) for each in canaries],
         "canary_copy": of_copy,
         "search": [] if trained.searched is None else trained.searched.tried,
+        "chosen": None if trained.searched is None else asdict(trained.searched.chosen),
         "expert_steps": [curve.steps[-1] if curve.steps else 0 for curve in trained.expert_curves],
         "warnings": [caution.to_json() for caution in cautions if caution] + [{"code": "clean-set", "detail": text} for text in opened.warnings],
         "contradictions": by_name([replace(each, row=int(material.parts.validation[each.row])) for each in contradicted.contradictions], opened.validation),

@@ -39,8 +39,8 @@ def print_result(event: dict[str, Any], data_dir: Path, active: bool, as_json: b
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Guard {event['guard']}, version {event['version']} ({report['architecture']}, preset {report['preset']})")
     expected = promise["rank"] / (promise["n"] + 1)
-    said = f"rejects at most {promise['target_fpr']:.2%} of clean images, {expected:.2%} on average"
-    console.print(f"Promise          {said}; 90% interval {low:.2%} to {high:.2%}")
+    console.print(f"Promise          rejects {low:.2%} to {high:.2%} of clean images, with 90% probability", end="")
+    console.print(f" (target {promise['target_fpr']:.2%}; guards with {promise['n']} validation images reject {expected:.2%} on average)")
     console.print(f"Clean accuracy   suspect {accuracy['suspect']:.1%}, behind the guard {accuracy['guarded']:.1%}", end="")
     console.print(f", auxiliary {accuracy['auxiliary']:.1%}, expert {', '.join(f'{value:.1%}' for value in accuracy['experts'])}")
     if report["canaries"]:
@@ -89,7 +89,7 @@ def print_evaluation(guard: str, version: str, found: dict[str, Any]) -> None:
     low, high = found["promised_interval"]
     fewest, most = found["rejections_expected"]
     console.print(f"Guard {guard}, version {version}: {found['clean_images']:,} clean and {found['triggered_images']:,} triggered images")
-    console.print(f"Promise          rejects at most {found['target_fpr']:.2%} of clean images; 90% interval {low:.2%} to {high:.2%}")
+    console.print(f"Promise          rejects {low:.2%} to {high:.2%} of clean images, with 90% probability (target {found['target_fpr']:.2%})")
     console.print(f"Rejected         {found['rejected']} of the clean images; {fewest} to {most} are to be expected of so many")
     console.print(f"Clean accuracy   {found['clean_accuracy']:.1%} without the guard, {found['clean_accuracy'] - found['accuracy_lost']:.1%} with it")
     console.print(f"Caught           {found['tpr']:.1%} of the triggered images (AUROC {found['auroc']:.4f})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,11 @@ import torch
 from calibration import checks
 from calibration.canary import Planted
 from calibration.labels import Concentration
+from models.errors import CleanSetMislabelled, SuspectModelUseless
 from models.threshold import conformal_threshold
 
-DOC = Path(__file__).parent.parent.parent.parent / "docs" / "checks.md"
+ROOT = Path(__file__).parent.parent.parent.parent
+CALIBRATION, DOC = ROOT / "calibration", ROOT / "docs" / "checks.md"
 
 
 def canaries(*powers: float | None) -> list[Planted]:
@@ -125,10 +126,47 @@ def test_chance_alone_seldom_warns_of_own_errors() -> None:
 
 
 def test_every_warning_has_a_section() -> None:
-    source = inspect.getsource(checks)
+    source = "".join(path.read_text() for path in CALIBRATION.rglob("*.py"))
     codes = set(re.findall(r'\bCaution\(\s*"([a-z-]+)"', source))
-    assert len(codes) == len(re.findall(r"\bCaution\(", source)) > 12
-    assert codes <= set(re.findall(r"^## ([a-z-]+)$", DOC.read_text(), re.M))
+    assert len(codes) == len(re.findall(r"\bCaution\((?!problem\.)", source)) > 12
+    refused = {each.code.replace("_", "-") for each in (SuspectModelUseless, CleanSetMislabelled)}  # an inspection warns of them
+    assert codes | refused <= set(re.findall(r"^## ([a-z-]+)$", DOC.read_text(), re.M))
+
+
+@pytest.mark.parametrize(
+    ("experts", "suspect", "stop", "told"),
+    [
+        ([0.3, 0.44], 0.9, None, False),
+        ([0.3, 0.46], 0.9, None, True),
+        ([0.44, 0.3], 0.75, 0.4, False),  # where canaries had it stop
+        ([0.51], 0.75, 0.4, True),
+        ([0.23], 0.4, 0.2, False),  # stopped at half of what the suspect knows; validation images say a little else
+        ([0.31], 0.4, 0.2, True),
+    ],
+)
+def test_an_expert_is_doubted_that_knows_more_than_its_stop_explains(experts: list[float], suspect: float, stop: float | None, told: bool) -> None:
+    assert (checks.expert_still_accurate(experts, suspect, stop) is not None) == told
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "told"), [(0.32, 10, True), (0.33, 10, False), (0.62, 2, True), (0.63, 2, False), (0.25, 1000, True), (0.26, 1000, False)]
+)
+def test_a_suspect_that_hardly_knows_its_task_is_doubted(accuracy: float, classes: int, told: bool) -> None:
+    found = checks.suspect_near_chance(accuracy, torch.arange(1000) % classes)
+    assert (found is not None) == told
+    if found is not None:
+        assert f"always naming the largest class gets {1 / classes:.1%}" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "code"),
+    [(10, 3, "contamination"), (10, 2, "confused-classes"), (10, 1, "confused-classes"), (3, 2, "contamination"), (3, 1, "confused-classes")],
+)
+def test_one_class_that_is_taken_for_another_is_no_sign_of_a_trigger(classes: int, labels: int, code: str) -> None:
+    (found,) = checks.contaminated([Concentration(0, 8, labels)], 200, "validation", [f"class {each}" for each in range(classes)])
+    assert found.code == code
+    assert "8 of 200 validation images" in found.detail
+    assert ("one other class," in found.detail) == (labels == 1)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,21 @@ def test_what_does_not_fit_keeps_its_proportions() -> None:
     assert "Of 50,000 images 14,2" in caution.detail
 
 
+def test_of_large_scenes_each_part_keeps_its_share() -> None:
+    """Of fifty thousand frames of two hundred scenes, where 2,700 fit: fewer than a scene each of what is held back and of what trains could go."""
+    rows, scenes = np.arange(50_000), np.arange(50_000) // 250
+    images: Any = SimpleNamespace(labels=scenes % 10, groups=scenes)
+    whole = Opened(images, images, images, Parts(rows[:25_500], rows[25_500:30_000], rows[30_000:]), ())
+    parts = affordable(whole, 512, 0.01, 0)
+    assert [len(part) for part in vars(parts).values()] == [1393, 246, 1092]
+    assert {len(set(scenes[part].tolist())) for part in (parts.fit, parts.validation)} == {102, 80}  # all of them are still shown
+
+
+def test_images_so_large_that_hardly_any_are_left_to_train_are_refused() -> None:
+    with pytest.raises(CleanSetDegenerate, match=r"Of images of 6000x6000 pixels, .* 20 fit into memory, 10 of them to train with; at least 30 must be"):
+        affordable(opened(5000), 6000, 0.2, 0)
+
+
 def test_a_target_that_is_out_of_reach_of_what_fits_is_refused_before_anything_is_trained() -> None:
     whole = opened(5000)
     assert len(affordable(whole, 600, 0.002, 0).validation) == 795

@@ -56,14 +56,14 @@ def test_what_another_calibration_kept_is_not_taken_and_stays(tmp_path: Path) ->
 
 
 def test_what_nobody_went_on_with_for_a_week_is_given_up(tmp_path: Path) -> None:
-    folder = tmp_path / "kept"
-    for name in ("old", "young"):
+    folder, old, young = tmp_path / "kept", "0" * 16, "1" * 16
+    for name in (old, young):
         Resume(folder, name).networks("expert", blank, make)
-    (folder / "expert.safetensors").touch()  # as it was kept before there were folders
-    for path in (folder / "old", folder / "expert.safetensors"):
+    (folder / "letters").mkdir()  # of somebody who keeps other things there
+    for path in (folder / old, folder / "letters"):
         os.utime(path, (0, 0))
     Resume(folder, "a").done()
-    assert [path.name for path in folder.iterdir()] == ["young"]
+    assert {path.name for path in folder.iterdir()} == {young, "letters"}
 
 
 def test_what_was_kept_under_another_calibrations_name_is_not_taken(tmp_path: Path) -> None:

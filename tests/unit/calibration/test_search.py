@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from calibration import canary as canaries
 from calibration import fusion
 from calibration.canary import draw
 from calibration.finetune import LabelledPixels
@@ -97,6 +98,17 @@ def test_where_no_rate_leaves_the_copy_its_task_nothing_was_planted_and_the_defa
     assert (found.chosen, found.tried) == (DEFAULT, [])
     assert {(each.took, each.why_not, each.power) for each in found.canaries} == {(False, "the copy lost the task", None)}
     assert found.copy["accuracy"] < 0.75 * found.copy["suspect_accuracy"]
+
+
+def test_where_the_guard_of_the_copy_cannot_be_trained_the_default_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suspect's own may be."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(canaries, "TOOK", 0.0)  # however few obey after so little training
+    bench = workshop(thin_resnet(8, 4), canary_lrs=(0.05,), canary_epochs=4, expert_lrs=(1e30,), expert_steps=5)
+    found = search(bench, "standard", 0.05, Resume(None, ""), lambda _: None)
+    assert (found.chosen, found.tried) == (DEFAULT, [])
+    assert not any(each.took for each in found.canaries)
+    assert "the training of the copy's guard diverged" in {each.why_not for each in found.canaries}
 
 
 def test_guards_of_all_settings_share_what_is_the_networks_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 SGD with Nesterov momentum (or AdamW) under a one-cycle schedule, shifts and mirrored images, bf16 autocast where the device is fast at it. Beside the
 weights, in half precision, lie what the attack learned (NAME.trigger.safetensors) and a record (NAME.json): clean accuracy and ASR of the very weights that
-are kept, and whether they pass the gate: an ASR of 80% and at most 2 points of clean accuracy lost against the clean network of the same recipe. Attacks
-that start from a clean network find it in the zoo, and so does any other with `--warm`.
+are kept, and whether they pass the gate: an ASR of 80% and at most 2 points of clean accuracy lost against the clean network of the zoo, which is of the same
+recipe but for attacks that start from it; so does any other with `--warm`.
 """
 
 from __future__ import annotations

@@ -28,12 +28,17 @@ def within(found: Sequence[Record], scale: tuple[str, str]) -> list[Record]:
 
 
 def cells(found: Sequence[Record], scale: tuple[str, str]) -> Cells:
-    """Records of one data set and architecture whose suspect passes the gate, by attack and detector."""
+    """Records of one data set and architecture whose suspect passes the gate, by attack and detector; those of `later` suspects have a table of their own."""
     grouped: Cells = {}
     for record in within(found, scale):
-        if record["gated"]:
+        if record["gated"] and not record["suspect_seed"]:
             grouped.setdefault((record["attack"], record["detector"]), []).append(record)
     return grouped
+
+
+def later(found: Sequence[Record]) -> list[Record]:
+    """Of suspects that were trained, with other seeds, when the design had been settled on those of seed 0."""
+    return [record for record in found if record["suspect_seed"]]
 
 
 def mean(found: Sequence[Record] | None, figure: Callable[[Record], float | None]) -> float | None:

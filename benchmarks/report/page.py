@@ -8,15 +8,16 @@ import numpy as np
 
 from benchmarks.attacks import ATTACKS
 from benchmarks.data import DATASETS
-from benchmarks.detectors import DETECTORS
+from benchmarks.detectors import DETECTORS, TITLES
 from benchmarks.records import Record
 from benchmarks.report import tuning
-from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, by_attack, cells, scales, title, tpr, tpr_of_all, within
+from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, by_attack, cells, later, scales, title, tpr, tpr_of_all, within
 from benchmarks.report.tables import (
     shown,
     table_at_one_rate,
     table_of,
     table_of_costs,
+    table_of_later,
     table_of_promises,
     table_of_reasons,
     table_of_rivals,
@@ -25,12 +26,7 @@ from benchmarks.report.tables import (
 )
 from benchmarks.train import MIN_ASR, MOST_LOST
 
-# On what the score of `auto` was chosen (docs/decisions/0004, 0009, 0016 and 0017), by data set; ResNet-20 alone. What all candidates caught
-# alike chose nothing.
-CHOSEN_ON = {
-    "cifar10": ("badnet", "blend", "trojan_patch", "clean_label", "sig", "issba", "wanet", "bpp", "ftrojan", "ft"),
-    "gtsrb": ("badnet", "blend", "ft", "tact", "adap_blend"),
-}
+FIRST = list(ATTACKS)[:8]  # a design was to be settled on these, and to meet the others once
 # Of these networks every attack is wanted: the first are kept in git, the full scale needs a GPU.
 SMALL = ("resnet20",)
 FULL = ("resnet18_cifar", "vgg16_bn_cifar", "mobilenet_v2_cifar")
@@ -70,6 +66,16 @@ def not_evaluated(suspects: Sequence[Record], found: Sequence[Record], scale: tu
     return f"Trained, but not evaluated yet with every detector: {', '.join(map(title, missing)) or 'none'}."
 
 
+def not_committed(found: Sequence[Record]) -> list[str]:
+    """How many records nobody can check out the code of; nothing where there are none."""
+    dirty = [record for record in found if record["commit"].endswith("-dirty")]
+    if not dirty:
+        return []
+    names = ", ".join(dict.fromkeys(TITLES[record["detector"]] for record in dirty))
+    told = f"{len(dirty)} of {len(found)} records, of {names}, were made while something was not committed (their commit ends in -dirty):"
+    return [told, "the code that made them cannot be checked out.", ""]
+
+
 def not_run(suspects: Sequence[Record]) -> str:
     """Which networks of the full scale have no suspect at all."""
     there = {(record["dataset"], record["architecture"]) for record in suspects}
@@ -86,19 +92,12 @@ def summary(grouped: Cells, detector: str) -> str:
     return f"{detector} over {len(attacks_of(grouped))} attacks: {'; '.join(found)}"
 
 
-def left_out(grouped: Cells, scale: tuple[str, str]) -> str:
-    """What `auto` does on the attacks that had no part in the choice of its score."""
-    dataset, architecture = scale
-    known = CHOSEN_ON[dataset] if architecture in SMALL else ()
-    values = [value for attack, value in by_attack(grouped, "auto", tpr).items() if attack not in known]
-    figures = f"the mean is {shown(float(np.mean(values)))} and the worst {shown(min(values))}" if values else "nothing is measured"
-    files = (
-        *("0004-auto-adds-evidence-up", "0009-distances-at-several-places-and-a-gate", "0016-a-distance-counts-by-what-is-usual-for-its-class"),
-        "0017-the-auxiliary-is-compared-with-the-suspect",
-    )
-    decisions = ", ".join(f"[decision {int(name[:4])}](decisions/{name}.md)" for name in files)
-    part = f"{', '.join(map(title, known))} had a part" if known else "No suspect of this network had a part"
-    return f"{part} in the choice of the score of `auto` ({decisions}). Over the {len(values)} attacks that had none {figures}."
+def by_half(grouped: Cells) -> str:
+    """What `auto` does on the first half of the suite's list and on the second, which were to be told apart."""
+    values = by_attack(grouped, "auto", tpr)
+    halves = {"1 to 8": [values[each] for each in values if each in FIRST], "9 to 17": [values[each] for each in values if each not in FIRST]}
+    told = [f"of attacks {name} {shown(float(np.mean(half)))} on average and {shown(min(half))} at worst" for name, half in halves.items() if half]
+    return f"`auto` catches {', '.join(told)} ([what it was chosen on](#what-the-score-was-chosen-on))."
 
 
 def told_at_one_rate(grouped: Cells) -> list[str]:
@@ -114,16 +113,20 @@ def told_at_one_rate(grouped: Cells) -> list[str]:
 
 def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence[Record], planted: Sequence[Record] = (), few: Sequence[Record] = ()) -> str:
     """docs/results.md, from the records of the evaluation, the zoo, the promise, the canaries and small clean sets."""
-    gated = f"an ASR of at least {MIN_ASR:.0%} and at most {MOST_LOST:.0%} of accuracy lost against the clean model of the same recipe"
+    gated = f"an ASR of at least {MIN_ASR:.0%} and at most {MOST_LOST:.0%} of accuracy lost against the clean model of the zoo"
     lines = [
         "# Results",
         "",
         "Written by `python -m benchmarks.report` from the records under `benchmarks/results/evaluation`; a test checks that they agree.",
-        "`python -m benchmarks.evaluate` makes the records, from the suspects in `benchmarks/zoo`, which `python -m benchmarks.train` makes.",
+        "`python -m benchmarks.evaluate` makes the records, from the suspects in `benchmarks/zoo`, which `python -m benchmarks.train` makes; `--json` prints a",
+        "new one beside the one that is kept. By default all suspects of ResNet-20 are evaluated with every detector, seed 0; `auto` was also run with",
+        "`--detector auto --seed 1 --seed 2`. The other sections name their commands. Networks of other families were trained with `--warm`, each with the",
+        "`--architecture`, `--rate`, `--epochs`, `--lr`, `--batch` and `--optimizer` that its record in `benchmarks/zoo` has.",
         "",
         "All detectors calibrate on the same 2,000 clean test images, of which 800 set the threshold and decide nothing else; all figures are of other test",
-        "images. The guard is calibrated as a user would: from the checkpoint's file and the clean set's, with nothing told beside. `paper` has the constants",
-        "that were published for CIFAR-10 with every data set: those for GTSRB were found by knowing which one it is.",
+        "images, which are the same for every calibration. The guard is calibrated as a user would: from the checkpoint's file and the clean set's, with",
+        "nothing told beside, with the budget `quick`, which plants no canaries. `paper` has the constants that were published for CIFAR-10 with every data",
+        "set: those for GTSRB were found by knowing which one it is. It trains with 1,200 images, where the paper had 2,000 beside those of the threshold.",
         "",
         "What nearly repeats a validation image of its class trains no guard: of the 1,200 others 178 in GTSRB (seed 0), and one in CIFAR-10, whose records",
         "are from before this rule. Other detectors are fitted to all of them.",
@@ -139,9 +142,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         "Since all of them thresholds lie lower by what rounding moves a score by, and of canaries only images count that the copy does not take for the",
         "target without a trigger, too.",
         "",
-        f"{sum('dirty' in record['commit'] for record in found)} of {len(found)} records, all of detectors other than `auto` and `paper`, were made while",
-        "something was not committed (their commit ends in -dirty): the code that made them cannot be checked out.",
-        "",
+        *not_committed(found),
         "SCALE-UP's score has six levels a class, since it counts at how many of five amplifications the prediction stays: mostly more than 1% of clean images",
         "share the most suspicious one, so that no threshold rejects as few, and its TPR is 0 where its AUROC is not.",
         "",
@@ -155,11 +156,31 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         "while the preprocessing was found to crop what it does not: small images that are enlarged a little are no longer tried with a crop. The seconds",
         "of these networks' calibrations are no measure: other work ran beside them.",
         "",
+        "Where we know that a detector or an attack is not its authors': STRIP superimposes 32 images, not 100; TED looks behind blocks, at maps averaged over",
+        "4x4 fields, which saw more here than their way; Mahalanobis has neither an ensemble of layers nor noise on its inputs. WaNet has as many noise images",
+        "as triggered ones, ISSBA a small encoder of 16 bits, and TrojanNN retrains on training images, not on ones that were reverse-engineered.",
+        "",
         "Not stood beside yet: TED++ and token masking (PSBD), which are reported to be the strongest of their kinds.",
+        "",
+        "## What the score was chosen on",
+        "",
+        "The score of `auto` was chosen by what candidates catch, four times. [Decision 4](decisions/0004-auto-adds-evidence-up.md) looked at the two example",
+        "suspects alone. With its score CIFAR-10's 14 attacks that had no part in it were run: 0.995 on average and 0.962 at worst (WaNet), of attacks 9 to 17",
+        "of the list 0.980 at worst (BPP). Since then nothing here is unseen. [Decision 9](decisions/0009-distances-at-several-places-and-a-gate.md) came of",
+        "GTSRB, where that score caught 78% on average; it was chosen on four of its attacks and seven of CIFAR-10's first eight, and brought BPP to 0.996.",
+        "Decisions [16](decisions/0016-a-distance-counts-by-what-is-usual-for-its-class.md) and",
+        "[17](decisions/0017-the-auxiliary-is-compared-with-the-suspect.md) were judged on nearly all suspects of ResNet-20, on the very images that are",
+        "reported here. So its tables say what the design was made to catch. Not seen by it were other networks' suspects, though their attacks were; the",
+        "images of the first table on [canaries](#what-canaries-are-worth); and suspects that were trained when nothing was changed any more, each evaluated",
+        "once:",
+        *("", *table_of_later(later(found))),
         "",
         "## Suspects",
         "",
         f"A suspect counts with {gated}. Weights were measured in half precision; those of ResNet-20 are kept in git, of the others the records have the hash.",
+        "The clean model is of the same recipe, but for the attacks that go on from it: WaNet, BPP and Dynamic train for twelve more epochs, FT, TrojanNN and",
+        "SRA change it, and suspects of other families began with it, too (`warm` in their records). A clean model that was trained as long might have been",
+        "better by a point or two, so that of these the gate says little about accuracy.",
         "",
         *table_of_suspects(suspects),
         *("", "Those that failed at first, or still do:", "", *attempts(suspects)),
@@ -184,7 +205,7 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
             *("", f"## {dataset}, {architecture}", ""),
             "TPR at 1% FPR: the share of triggered images that fool the suspect and are rejected, at a threshold that all clean validation images set.",
             *("", *table_of(grouped, tpr), ""),
-            *(left_out(grouped, (dataset, architecture)), ""),
+            *(by_half(grouped), ""),
             "The same, of all triggered images, whether they fool the suspect or not:",
             *("", *table_of(grouped, tpr_of_all), ""),
             "AUROC, of all clean and all triggered images:",

@@ -25,7 +25,8 @@ def table_of_suspects(found: Sequence[Record]) -> list[str]:
     for record in found:
         reference = record["clean_reference"]
         figures = (shown(record.get("asr")), shown(record["clean_accuracy"]), shown(reference), "passed" if record["passes_gate"] else "**failed**")
-        lines.append(row(record["dataset"], record["architecture"], title(record["attack"]), f"{record['rate']:.1%}", *figures))
+        name = title(record["attack"]) + (f", seed {record['seed']}" if record["seed"] else "")
+        lines.append(row(record["dataset"], record["architecture"], name, f"{record['rate']:.1%}", *figures))
     return lines
 
 
@@ -49,6 +50,7 @@ def _calibrations(grouped: Cells, detector: str, attacks: Sequence[str]) -> str:
     return "-" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
+STRONGEST = "mahalanobis"
 NOISE = 0.01  # of TPR: what is nearer is level
 
 
@@ -72,10 +74,17 @@ def table_at_one_rate(grouped: Cells) -> list[str]:
     for name in DETECTORS:
         for attack, theirs in by_attack(grouped, name, tpr).items():
             if attack in ours and theirs > ours[attack] + NOISE:
-                pairs = [mean(grouped[attack, each], figure) for figure in (_realised_fpr, tpr_at_one_rate) for each in ("auto", name)]
-                lines.append(row(title(attack), TITLES[name], *(shown(value, 4 if index < 2 else 3) for index, value in enumerate(pairs))))
-    head = row("attack", "detector", "realised FPR, `auto`", "detector", "TPR where 1% of the images reported are rejected, `auto`", "detector")
-    return [head, row(*["---"] * 6), *lines] if lines else []
+                cell = [grouped[attack, each] for each in ("auto", name)]
+                spreads = [
+                    f"{shown(min(values))} to {shown(max(values))} of {len(values)}"
+                    for each in cell
+                    if (values := [r["at"][TARGET]["tpr_masked"] for r in each])
+                ]
+                rates = [shown(mean(each, _realised_fpr), 4) for each in cell]
+                lines.append(row(title(attack), TITLES[name], *spreads, *rates, *(shown(mean(each, tpr_at_one_rate)) for each in cell)))
+    told = ("TPR of single calibrations, `auto`", "detector", "realised FPR, `auto`", "detector")
+    head = row("attack", "detector", *told, "TPR where 1% of the images reported are rejected, `auto`", "detector")
+    return [head, row(*["---"] * 8), *lines] if lines else []
 
 
 def _realised_fpr(record: Record) -> float:
@@ -86,8 +95,8 @@ def table_of_costs(grouped: Cells) -> list[str]:
     """Times only of detectors that were measured where `auto` was, which is calibrated with the budget `quick`: others are no comparison."""
     machines = {name: {record["hardware"] for (_, detector), cell in grouped.items() if detector == name for record in cell} for name in DETECTORS}
     lines = [
-        row("detector", "FPR at 1%", "FPR at 5%", "ASR left at 1%", "accuracy lost at 1%", "passes an image", "ms an image", "seconds to calibrate"),
-        row(*["---"] * 8),
+        row("detector", "FPR at 1%", "FPR at 5%", "ASR left at 1%", "accuracy lost at 1%", "at most", "passes an image", "ms an image", "seconds to calibrate"),
+        row(*["---"] * 9),
     ]
     for name in DETECTORS:
         found = [record for (_, detector), cell in grouped.items() if detector == name for record in cell]
@@ -98,11 +107,24 @@ def table_of_costs(grouped: Cells) -> list[str]:
             shown(mean(found, lambda record: record["at"]["0.05"]["realised_fpr"]), 4),
             shown(mean(attacked, lambda record: record["at"]["0.01"]["remaining_asr"])),
             shown(mean(found, lambda record: record["at"]["0.01"]["accuracy_lost"]), 4),
+            shown(max((record["at"]["0.01"]["accuracy_lost"] for record in found if "not_applicable" not in record), default=None), 4),
             shown(mean(found, lambda record: record["passes"]), 2),
             shown(mean(found, lambda record: record["milliseconds"]) if comparable else None, 2),
             shown(mean(found, lambda record: record["fit_seconds"]) if comparable else None, 0),
         )
         lines.append(row(TITLES[name], *figures))
+    return lines
+
+
+def table_of_later(found: Sequence[Record]) -> list[str]:
+    """Of suspects that came when the design was settled: what `auto` and the strongest of the others catch."""
+    lines = [row("data set", "attack", "ASR", "`auto`", "realised FPR", "AUROC masked", TITLES[STRONGEST]), row(*["---"] * 7)]
+    for suspect in dict.fromkeys((record["dataset"], record["attack"], record["suspect_seed"]) for record in found):
+        of_suspect = {r["detector"]: r for r in found if (r["dataset"], r["attack"], r["suspect_seed"]) == suspect and r["gated"]}
+        if ours := of_suspect.get("auto"):
+            theirs = of_suspect.get(STRONGEST)
+            figures = (ours["asr"], tpr(ours), _realised_fpr(ours), ours["auroc_masked"], None if theirs is None else tpr(theirs))
+            lines.append(row(suspect[0], title(suspect[1]), *(shown(value, 4 if index == 2 else 3) for index, value in enumerate(figures))))
     return lines
 
 

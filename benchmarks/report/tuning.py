@@ -9,11 +9,13 @@ from scipy.stats import spearmanr
 
 from benchmarks.canaries import CHOOSING, chosen_within
 from benchmarks.records import Record
+from benchmarks.report.cells import TARGET
 from benchmarks.report.tables import row
 from calibration.canary import KINDS
 from calibration.recipes import AutoRecipe
 from calibration.search import Setting
 
+DIGITS, HIGHER_IS_BETTER = (3, 3, 4, 4, 4), (True, True, False, True, False)  # of TPR twice, FPR, AUROC, accuracy lost
 NEAR = 0.02  # of the best setting of the grid
 
 
@@ -23,7 +25,9 @@ def canaries(found: Sequence[Record]) -> list[str]:
         return []
     lines = [
         *("", "## What canaries are worth", ""),
-        "Written by `python -m benchmarks.canaries`. A calibration plants backdoors in a copy of the suspect and chooses its settings by how well a guard of",
+        "Written by `python -m benchmarks.canaries`.",
+        *table_of_chosen([record for record in found if "by_budget" in record]),
+        "A calibration plants backdoors in a copy of the suspect and chooses its settings by how well a guard of",
         "the copy catches them. Here every setting of the largest grid was tried on the suspect itself, too, with the attack's own images, which no",
         "calibration has: the TPR at 1% FPR of the setting that the canaries chose, of the default, and of the best in the grid; and what was caught of each",
         "planted kind.",
@@ -43,24 +47,71 @@ def canaries(found: Sequence[Record]) -> list[str]:
 
 def verdict(found: Sequence[Record]) -> list[str]:
     """How often the choice was near the best, and how power on canaries goes with that on real attacks."""
-    real = [record["real"] for record in found]
     lines = []
     for budget in CHOOSING:
         chosen = [_real_of(record, chosen_within(record["tried"], budget)) for record in found]
         near = sum(value >= _best(record) - NEAR for value, record in zip(chosen, found, strict=True))
         lines.append(f"With the budget `{budget}` canaries choose a setting within 2 points of the best of the whole grid for {near} of {len(found)} suspects.")
     near = sum(_default(record) >= _best(record) - NEAR for record in found)
-    lines.append(f"The default is there for {near}.")
-    powers = [[each["power"] for each in record["canaries"] if each["power"] is not None] for record in found]
-    known = [(values, value) for values, value in zip(powers, real, strict=True) if values]
+    level = sum(min(each["real"] for each in record["tried"]) >= _best(record) - NEAR for record in found)
+    lines.append(f"The default is there for {near}, and for {level} whatever setting is taken.")
+    datasets = dict.fromkeys(record["suspect"].split("/")[0] for record in found)
+    for dataset in datasets:
+        lines += _ranked([record for record in found if record["suspect"].startswith(f"{dataset}/")], f" on {dataset}")
+    if len(datasets) > 1:
+        lines += _ranked(found, "")
+    optimism = statistics.mean(statistics.mean(values) - record["real"] for record in found if (values := _powers(record)))
+    lines.append(f"On average power is {abs(optimism):.3f} {'above' if optimism > 0 else 'below'} the real TPR; by kind:")
+    known = [(each["kind"], each["power"] - record["real"]) for record in found for each in record["canaries"] if each["power"] is not None]
+    by_kind = {kind: [more for other, more in known if other == kind] for kind in KINDS}
+    lines.append(f"{', '.join(f'{kind} {statistics.mean(values):+.3f}' for kind, values in by_kind.items() if values)}.")
+    return lines
+
+
+def _powers(record: Record) -> list[float]:
+    return [each["power"] for each in record["canaries"] if each["power"] is not None]
+
+
+def _ranked(found: Sequence[Record], where: str) -> list[str]:
+    """How power goes with the real TPR by rank, with the chance of as much where nothing connects them."""
+    known, lines = [(values, float(record["real"])) for record in found if (values := _powers(record))], []
     for title, summary in (("least", min), ("mean", statistics.mean)):
         of_canaries, of_attacks = [summary(values) for values, _ in known], [value for _, value in known]
         if len(set(of_canaries)) > 1 and len(set(of_attacks)) > 1:  # else there is nothing to rank
-            rank = spearmanr(of_canaries, of_attacks).statistic
-            lines.append(f"The {title} power over the kinds has a rank correlation of {rank:+.2f} with the real TPR.")
-    optimism = statistics.mean(statistics.mean(values) - value for values, value in known)
-    lines.append(f"On average power is {abs(optimism):.3f} {'above' if optimism > 0 else 'below'} the real TPR.")
+            rank = spearmanr(of_canaries, of_attacks)
+            told = f"The {title} power over the kinds has a rank correlation of {rank.statistic:+.2f} with the real TPR{where}"
+            lines.append(f"{told} ({len(known)} suspects, p {rank.pvalue:.2f}).")
     return lines
+
+
+def table_of_chosen(found: Sequence[Record]) -> list[str]:
+    """What the guards do that canaries chose, by data set and in all."""
+    if not found:
+        return []
+    names = ("suspect", *(f"TPR, `{budget}`" for budget in CHOOSING), "realised FPR", "AUROC masked", "accuracy lost")
+    lines = [
+        "Canaries choose the settings of a calibration with a budget of `standard`, which is the default, or `thorough`; the tables above are of `quick`,",
+        "which has none. This is what the guards catch that canaries chose, each one calibration (seed 0), of the triggered images that fool the suspect, at",
+        "1% FPR; of test images that no other table reports. FPR, AUROC and accuracy are those of `standard`.",
+        *("", row(*names), row(*["---"] * len(names))),
+    ]
+    columns: dict[str, list[tuple[float, ...]]] = {}
+    for record in found:
+        caught = [record["by_budget"][budget] for budget in CHOOSING]
+        at = [each["at"][TARGET] for each in caught]
+        figures = (*(each["tpr_masked"] for each in at), at[0]["realised_fpr"], caught[0]["auroc_masked"], at[0]["accuracy_lost"])
+        columns.setdefault(record["suspect"].split("/")[0], []).append(figures)
+        lines.append(row(record["suspect"], *map(_figure, figures, DIGITS)))
+    for dataset, rows in columns.items():
+        values = list(zip(*rows, strict=True))
+        worst = [min(column) if higher else max(column) for column, higher in zip(values, HIGHER_IS_BETTER, strict=True)]
+        for title, told in (("mean", list(map(statistics.mean, values))), ("worst", worst)):
+            lines.append(row(f"**{dataset}, {title}**", *(f"**{_figure(value, digits)}**" for value, digits in zip(told, DIGITS, strict=True))))
+    return [*lines, ""]
+
+
+def _figure(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}"
 
 
 def few_images(found: Sequence[Record]) -> list[str]:

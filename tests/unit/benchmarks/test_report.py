@@ -13,10 +13,20 @@ from benchmarks.detectors import DETECTORS
 from benchmarks.evaluate import listing, workers
 from benchmarks.readme import README
 from benchmarks.report.__main__ import README_SCALE, texts
-from benchmarks.report.cells import bootstrap, cells, tpr
-from benchmarks.report.page import attempts, left_out, not_evaluated
+from benchmarks.report.cells import bootstrap, cells, later, tpr
+from benchmarks.report.page import attempts, by_half, not_committed, not_evaluated
 from benchmarks.report.performance import by_round, over_calibrations, over_http
-from benchmarks.report.tables import table_at_one_rate, table_of, table_of_detectors, table_of_promises, table_of_rivals, table_of_scales, weak, why
+from benchmarks.report.tables import (
+    table_at_one_rate,
+    table_of,
+    table_of_detectors,
+    table_of_later,
+    table_of_promises,
+    table_of_rivals,
+    table_of_scales,
+    weak,
+    why,
+)
 from benchmarks.report.tuning import canaries as section
 from benchmarks.report.tuning import few_images as small_sets
 from calibration.canary import KINDS
@@ -137,7 +147,9 @@ def test_where_another_detector_is_ahead_is_told_by_attack() -> None:
 def test_who_is_ahead_is_compared_at_one_rate_of_false_rejections() -> None:
     roc = {"auto": {"fpr": [0.0, 0.01, 1.0], "tpr": [0.5, 0.93, 1.0]}, "strip": {"fpr": [0.0, 0.02, 1.0], "tpr": [0.9, 0.96, 1.0]}}
     found = [{**record("wanet", name, value), "roc": roc[name]} for name, value in (("auto", 0.9), ("strip", 0.95))]
-    assert table_at_one_rate(cells(found, ("cifar10", "resnet20")))[2:] == ["| WaNet | STRIP | 0.0100 | 0.0100 | 0.930 | 0.930 |"]
+    assert table_at_one_rate(cells(found, ("cifar10", "resnet20")))[2:] == [
+        "| WaNet | STRIP | 0.900 to 0.900 of 1 | 0.950 to 0.950 of 1 | 0.0100 | 0.0100 | 0.930 | 0.930 |"
+    ]
     assert table_at_one_rate(cells(found[:1], ("cifar10", "resnet20"))) == []
 
 
@@ -147,12 +159,24 @@ def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:
     assert lines[2:] == ["| cifar10/resnet20/badnet, `auto` | 200 | 1.0% | 0.20% to 2.40% | 0.99% | 8800 | 91.2% | 89.0% |"]
 
 
-def test_what_auto_was_chosen_on_is_left_out_of_a_mean_of_its_own() -> None:
-    scale = ("cifar10", "resnet20")
-    found = [record("badnet", "auto", 1.0), record("tact", "auto", 0.5), record("sra", "auto", 0.7), record("tact", "strip", 0.1)]
-    assert left_out(cells(found, scale), scale).endswith("Over the 2 attacks that had none the mean is 0.600 and the worst 0.500.")
-    assert left_out(cells(found[:1], scale), scale).endswith("Over the 0 attacks that had none nothing is measured.")
-    assert left_out(cells(found, scale), ("cifar10", "resnet18_cifar")).startswith("No suspect of this network had a part")
+def test_both_halves_of_the_suites_list_are_told_apart() -> None:
+    found = [record("badnet", "auto", 1.0), record("wanet", "auto", 0.9), record("tact", "auto", 0.5), record("sra", "auto", 0.7), record("tact", "strip", 0.1)]
+    grouped = cells(found, ("cifar10", "resnet20"))
+    assert by_half(grouped).startswith("`auto` catches of attacks 1 to 8 0.950 on average and 0.900 at worst, of attacks 9 to 17 0.600 on average and 0.500 at")
+    assert by_half(cells(found[:1], ("cifar10", "resnet20"))).startswith("`auto` catches of attacks 1 to 8 1.000 on average and 1.000 at worst (")
+
+
+def test_suspects_that_came_after_the_design_have_a_table_of_their_own() -> None:
+    fresh = [{**record("ft", name, value), "suspect_seed": 1, "asr": 0.99} for name, value in (("auto", 0.9), ("mahalanobis", 0.2))]
+    known = [record("ft", "auto", 1.0), {**record("sig", "auto", 0.1, gated=False), "suspect_seed": 1}]
+    assert table_of(cells([*fresh, *known], ("cifar10", "resnet20")), tpr)[2].startswith("| FT | 1.000 |")
+    assert table_of_later(later([*fresh, *known]))[2:] == ["| cifar10 | FT | 0.990 | 0.900 | 0.0100 | 0.900 | 0.200 |"]
+
+
+def test_records_that_nobody_can_make_again_are_told() -> None:
+    found = [{**record("badnet", name, 1.0), "commit": commit} for name, commit in (("ted", "abc-dirty"), ("auto", "abc"))]
+    assert " ".join(not_committed(found)).startswith("1 of 2 records, of TED, were made while something was not committed")
+    assert not_committed(found[1:]) == []
 
 
 def test_networks_are_compared_over_the_attacks_that_a_detector_was_tried_on() -> None:
@@ -194,8 +218,24 @@ def test_what_canaries_chose_stands_beside_the_default_and_the_best() -> None:
     text = " ".join(lines)
     assert "`standard` canaries choose a setting within 2 points of the best of the whole grid for 1 of 3 suspects" in text
     assert "`thorough` canaries choose a setting within 2 points of the best of the whole grid for 2 of 3 suspects" in text
-    assert "The default is there for 2." in text
-    assert "On average power is 0.042 above the real TPR." in text
+    assert "The default is there for 2, and for 0 whatever setting is taken." in text
+    assert "On average power is 0.042 above the real TPR; by kind: patch +0.167, blend +0.167, warp -0.333, wave +0.167." in text
+
+
+def test_what_canaries_chose_is_shown_of_images_that_no_other_table_has() -> None:
+    def measured(tpr: float, fpr: float, auroc: float, lost: float) -> dict[str, Any]:
+        return {"auroc_masked": auroc, "at": {"0.01": {"tpr_masked": tpr, "realised_fpr": fpr, "accuracy_lost": lost}}}
+
+    settings = [1.0, 0.9, 0.9, 0.9, 0.9, 0.9]
+    found = [
+        {**planted("cifar10/a", settings, settings), "by_budget": {"standard": measured(0.9, 0.01, 0.99, 0.008), "thorough": measured(1.0, 0.02, 0.99, 0.01)}},
+        {**planted("cifar10/b", settings, settings), "by_budget": {"standard": measured(0.7, 0.02, 0.97, 0.004), "thorough": measured(0.8, 0.02, 0.99, 0.01)}},
+    ]
+    assert [line for line in section(found) if line.startswith(("| cifar10/a | 0.9", "| **cifar10"))] == [
+        "| cifar10/a | 0.900 | 1.000 | 0.0100 | 0.9900 | 0.0080 |",
+        "| **cifar10, mean** | **0.800** | **0.900** | **0.0150** | **0.9800** | **0.0060** |",
+        "| **cifar10, worst** | **0.700** | **0.800** | **0.0200** | **0.9700** | **0.0080** |",
+    ]
 
 
 def test_small_clean_sets_are_shown_by_size() -> None:

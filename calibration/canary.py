@@ -29,6 +29,7 @@ TRIGGERS = {
 }
 KINDS = tuple(TRIGGERS)
 TOOK = 0.8  # the ASR from which a canary counts
+AT_ONCE = 256  # images that are stamped together: in float32 they take four times the memory, some kinds several times that
 LEAST = 8  # images that an ASR or a power is told of: fewer obey, or are caught, by luck. Of 2,000 of GTSRB's 43 classes, about ten can carry the `sourced` one
 
 
@@ -43,8 +44,9 @@ class Trigger:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Stamped uint8 [N, 3, S, S]; N may be 0."""
-        if not len(pixels):
-            return pixels
+        return torch.cat([self._stamped(part) for part in pixels.split(AT_ONCE)]) if len(pixels) else pixels
+
+    def _stamped(self, pixels: Tensor) -> Tensor:
         images, pattern = pixels.float(), self.pattern.to(pixels.device)
         match self.kind:
             case "patch" | "sourced":

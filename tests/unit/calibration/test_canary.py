@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.canary import KINDS, LEAST, TOOK, Canary, Trigger, draw, draw_all, plant, predictions
+from calibration.canary import AT_ONCE, KINDS, LEAST, TOOK, Canary, Trigger, draw, draw_all, plant, predictions
 from calibration.finetune import LabelledPixels, accuracy
 from models.preprocessing import Preprocessing
 from tests.support import thin_resnet
@@ -35,6 +35,12 @@ def test_a_trigger_changes_images_of_any_size_and_is_the_same_every_time(kind: s
     assert trigger(pixels[:0]).shape == pixels[:0].shape
     if kind not in ("wave", "warp"):  # one that depends on nothing but the size is no secret, and need not be
         assert not stamped.equal(draw(kind, 1, 0, size, 8)(pixels))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_images_are_stamped_as_each_would_be(kind: str) -> None:
+    pixels, trigger = images(2 * AT_ONCE + 1, 8), draw(kind, 1, 0, 8, 7)
+    assert trigger(pixels).equal(torch.cat([trigger(each) for each in pixels.split(1)]))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("wave", 12.5), ("blend", 52)])

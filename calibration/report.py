@@ -105,22 +105,20 @@ def _search(report: dict[str, Any]) -> str:
     """Each setting that was tried with what it caught of each kind of canary, and which was chosen."""
     chosen = report["chosen"]
     if not report["search"]:
-        return f"<p>Nothing of this could choose between settings: the guard has the default, {_setting(chosen)}.</p>"
+        default = f"experts that stop at {chosen['expert_stop']:.0%} right, an auxiliary of a learning rate of {chosen['auxiliary_lr']:g} or less"
+        return f"<p>Nothing of this could choose between settings. The guard has the default: {default}.</p>"
     kinds = list(report["search"][0]["caught"])
     rows = ""
     for tried in report["search"]:
         mark = "chosen" if all(tried[name] == value for name, value in chosen.items()) else ""
-        cells = (_setting(tried), *(_percent(tried["caught"][kind]) for kind in kinds), mark)
+        cells = (f"{tried['expert_stop']:.0%} right", f"{tried['auxiliary_lr']:g}", *(_percent(tried["caught"][kind]) for kind in kinds), mark)
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     return (
         "<h2>How its settings were chosen</h2><p>Each was tried on that copy: what a guard with it rejects of the held-back stamped images that fool the copy. "
         "Chosen is the one whose worst-caught kind is caught most often; another than the default, only where the difference is not luck.</p>"
-        f"<table><tr><th>setting</th>{''.join(f'<th>{kind}</th>' for kind in kinds)}<th></th></tr>{rows}</table>"
+        "<table><tr><th>experts stop at</th><th>auxiliary's hottest learning rate</th>"
+        f"{''.join(f'<th>{kind}</th>' for kind in kinds)}<th></th></tr>{rows}</table>"
     )
-
-
-def _setting(known: dict[str, Any]) -> str:
-    return f"experts stopped at {known['expert_stop']:.0%} right, auxiliary from a learning rate of {known['auxiliary_lr']:g} on"
 
 
 def _percent(share: float | None, of: int | None = None) -> str:

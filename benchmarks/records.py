@@ -45,8 +45,7 @@ def put(record: Record, root: Path = RESULTS) -> None:
     with _alone_in(path) as file:
         others = [json.loads(line) for line in file]
         records = sorted([*(other for other in others if key(other) != key(record)), record], key=lambda each: str(key(each)))
-        file.truncate(0)
-        file.writelines(json.dumps(each) + "\n" for each in records)
+        _rewrite(file, "".join(json.dumps(each) + "\n" for each in records))
 
 
 def recorded(record: Record, root: Path = RESULTS) -> Record | None:
@@ -70,8 +69,7 @@ def enlist(path: Path, found: Sequence[Record], *names: str) -> None:
 
     with _alone_in(path) as file:
         kept = {cell(each): each for each in (*json.loads(file.read() or "[]"), *found)}
-        file.truncate(0)
-        file.write(json.dumps([kept[each] for each in sorted(kept)], indent=1) + "\n")
+        _rewrite(file, json.dumps([kept[each] for each in sorted(kept)], indent=1) + "\n")
 
 
 @contextmanager
@@ -81,6 +79,12 @@ def _alone_in(path: Path) -> Iterator[TextIO]:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         yield file
+
+
+def _rewrite(file: TextIO, text: str) -> None:
+    """Given the whole text, so that what cannot be said as JSON empties no file."""
+    file.truncate(0)
+    file.write(text)
 
 
 def circumstances(device: torch.device) -> dict[str, str]:

@@ -20,7 +20,7 @@ CHANCE = 0.01  # of a warning where there is nothing to warn of
 OFTEN = 0.25  # share of images whose labels are contradicted
 MOSTLY = 0.8  # share of errors among the rejected images
 SEVERAL = 3  # classes: a suspect that confuses one or two with another has no backdoor for that
-WEAK = 0.25  # of the way from naming the largest class always to no error
+WEAK = 0.25  # of the way from chance to no error
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,20 @@ class Caution:
         return asdict(self)
 
 
-def suspect_near_chance(accuracy: float, labels: Tensor) -> Caution | None:
+def suspect_near_chance(predicted: Tensor, labels: Tensor, num_classes: int) -> Caution | None:
     """What a suspect that hardly knows the task says of an image tells little; nor can experts forget, or an auxiliary keep, what it does not know.
 
-    accuracy: of validation images, labels int64 [n]. Not above chance at all it is refused before anything is trained (`labels.at_chance`).
+    predicted, labels: of validation images, int64 [n] each. Chance is the suspect's very answers, dealt out at random (Cohen's kappa), so that it knows the
+    task, too, that tells a few rare classes from a frequent one.
     """
-    largest = labels.bincount().max().item() / len(labels)
-    if accuracy < largest + WEAK * (1 - largest):
-        detail = f"The suspect gets {accuracy:.1%} of the validation images right; always naming the largest class gets {largest:.1%}."
-        return Caution("suspect-near-chance", detail)
-    return None
+    right = (predicted == labels).double().mean().item()
+    said, true = (each.bincount(minlength=num_classes).double() / len(labels) for each in (predicted, labels))
+    usual = float(said @ true)
+    if right >= usual + WEAK * (1 - usual):
+        return None
+    return Caution(
+        "suspect-near-chance", f"The suspect gets {right:.1%} of the validation images right; its answers, dealt out at random, would get {usual:.1%}."
+    )
 
 
 def expert_still_accurate(accuracies: Sequence[float], suspect: float, stop: float | None) -> Caution | None:
@@ -187,7 +191,7 @@ def no_canary_took(canaries: Sequence[Planted], of_copy: dict[str, float] | None
         f"{reason} ({', '.join(each.kind for each in canaries if each.why_not == reason)})" for reason in dict.fromkeys(each.why_not for each in canaries)
     )
     right = f"The copy gets {of_copy['accuracy']:.0%} of the held-back images right, the suspect {of_copy['suspect_accuracy']:.0%}"
-    return Caution("no-canary-took", f"None of {len(canaries)} backdoors could be planted in a copy of the suspect: {why}. {right}.")
+    return Caution("no-canary-took", f"None of {len(canaries)} backdoors planted in a copy of the suspect tells anything: {why}. {right}.")
 
 
 def sampled(left_out: int, used: int) -> Caution | None:

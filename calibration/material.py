@@ -23,6 +23,7 @@ from models.threshold import conformal_threshold, least_fpr, needed_for
 
 LEAST_FIT = 30  # images that train: half of what the smallest clean set leaves for it
 PROBES = 8  # images whose answers tell one network from another of the same weights
+LEAST_PART = 0.4  # of the images that fit into memory; what validation has of a set that is divided here, too
 PIXEL_BYTES = 2 << 30  # of all images together, as the suspect sees them: 14,000 of 224x224
 
 
@@ -137,22 +138,28 @@ def prepare(config: CalibrationConfig, opened: Opened, device: torch.device) -> 
 def affordable(opened: Opened, size: int, target_fpr: float, seed: int) -> Parts:
     """The parts, or smaller ones of the same proportions where the pixels of all images would take more than PIXEL_BYTES.
 
-    Raises FprUnreachable where those left for validation cannot promise the target, CleanSetDegenerate where hardly any are left to train with.
+    Neither what trains nor what validates gives images up for the other while it has less than LEAST_PART of those that fit: a validation set that is sent may
+    be many times as large. Raises CleanSetDegenerate where hardly any are left to train with, FprUnreachable where those left for validation cannot promise the
+    target.
     """
-    share = PIXEL_BYTES / (3 * size * size * len(opened.parts))
-    if share >= 1:
+    most, validating = PIXEL_BYTES // (3 * size * size), len(opened.parts.validation)
+    training = len(opened.parts) - validating
+    if training + validating <= most:
         return opened.parts
+    least = round(LEAST_PART * most)
+    kept = max(min(most * training // (training + validating), most - min(validating, least)), min(training, least))
+    shares = {"fit": kept / training, "held_back": kept / training, "validation": (most - kept) / validating}
     images = {"fit": opened.clean, "held_back": opened.clean, "validation": opened.validation}
-    parts = Parts(**{name: sample(rows, images[name].labels, share, seed) for name, rows in vars(opened.parts).items()})
-    if len(parts.validation) < (needed := needed_for(target_fpr)):
-        raise FprUnreachable(
-            f"Of images of {size}x{size} pixels, as the suspect sees them, {len(parts):,} fit into memory, {len(parts.validation):,} of them for validation; "
-            f"a false-rejection rate of {target_fpr:g} needs {needed:,}. Ask for {least_fpr(len(parts.validation)):g} or more."
-        )
+    parts = Parts(**{name: sample(rows, images[name].labels, shares[name], seed) for name, rows in vars(opened.parts).items()})
     if len(parts.fit) < LEAST_FIT:
         raise CleanSetDegenerate(
             f"Of images of {size}x{size} pixels, as the suspect sees them, {len(parts):,} fit into memory, {len(parts.fit):,} of them to train with; at least "
             f"{LEAST_FIT} must be. A suspect of so large images cannot be guarded."
+        )
+    if len(parts.validation) < (needed := needed_for(target_fpr)):
+        raise FprUnreachable(
+            f"Of images of {size}x{size} pixels, as the suspect sees them, {len(parts):,} fit into memory, {len(parts.validation):,} of them for validation; "
+            f"a false-rejection rate of {target_fpr:g} needs {needed:,}. Ask for {least_fpr(len(parts.validation)):g} or more."
         )
     return parts
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibration.canary import TRIGGERS
 from calibration.finetune import Curve
+from calibration.search import MARGIN
 from models.guard import Judgement
 from models.preprocessing import Preprocessing
 from models.threshold import COUNTED, Threshold
@@ -86,7 +87,7 @@ def _canaries(report: dict[str, Any]) -> str:
         return ""
     rows = "".join(
         f"<tr><td>{each['kind']}: {TRIGGERS[each['kind']]}</td><td>{_percent(each['asr'], each['images'])}</td>"
-        f"<td>{_percent(each['power'], each['fooled']) if each['took'] else html.escape('did not take: ' + each['why_not'])}</td></tr>"
+        f"<td>{_percent(each['power'], each['fooled']) if each['took'] else html.escape('does not count: ' + each['why_not'])}</td></tr>"
         for each in report["canaries"]
     )
     of_copy = report["canary_copy"]
@@ -115,7 +116,7 @@ def _search(report: dict[str, Any]) -> str:
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     return (
         "<h2>How its settings were chosen</h2><p>Each was tried on that copy: what a guard with it rejects of the held-back stamped images that fool the copy. "
-        "Chosen is the one whose worst-caught kind is caught most often; another than the default, only where the difference is not luck.</p>"
+        f"Chosen is the one whose worst-caught kind is caught most often; another than the default, where that is {MARGIN:.0%} more.</p>"
         "<table><tr><th>experts stop at</th><th>auxiliary's hottest learning rate</th>"
         f"{''.join(f'<th>{kind}</th>' for kind in kinds)}<th></th></tr>{rows}</table>"
     )

@@ -65,7 +65,7 @@ def summarise(
     held_back = labels[:0] if material.held_back is None else material.held_back.labels.cpu()
     contradicted = contamination(judged.confidence, judged.prediction, labels, len(clean.names))
     cautions = [
-        checks.suspect_near_chance(accuracies["suspect"], labels),
+        checks.suspect_near_chance(judged.prediction, labels, len(clean.names)),
         checks.expert_still_accurate(accuracies["experts"], accuracies["suspect"], trained.settings.get("expert_stop")),
         checks.auxiliary_lost_accuracy(accuracies["auxiliary"], accuracies["suspect"]),
         checks.wide_interval(threshold),

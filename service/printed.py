@@ -45,7 +45,7 @@ def print_result(event: dict[str, Any], data_dir: Path, active: bool, as_json: b
     console.print(f", auxiliary {accuracy['auxiliary']:.1%}, expert {', '.join(f'{value:.1%}' for value in accuracy['experts'])}")
     if report["canaries"]:
         caught = ", ".join(f"{each['kind']} {each['power']:.0%}" for each in report["canaries"] if each["power"] is not None)
-        console.print(f"Canaries         caught of what was planted in a copy: {caught or 'nothing took'}")
+        console.print(f"Canaries         caught of what was planted in a copy: {caught or 'nothing that counts'}")
     for warning in report["warnings"]:
         console.print(f"Warning          {warning['code']}: {warning['detail']}", style="yellow", markup=False)
     console.print(f"Report           {folder / 'report.html'}")

@@ -46,7 +46,7 @@ def test_it_is_told_where_nothing_could_be_planted() -> None:
         [*canaries(None, None), replace(canaries(None)[0], kind="sourced", images=2, why_not="fewer than 8 images could tell")], of_copy
     )
     assert found is not None
-    assert "None of 3 backdoors" in found.detail
+    assert "None of 3 backdoors planted in a copy of the suspect tells anything" in found.detail
     assert "fewer than 80% of the images obeyed (kind0, kind1); fewer than 8 images could tell (sourced)" in found.detail
     assert "The copy gets 12% of the held-back images right, the suspect 92%." in found.detail
     assert checks.no_canary_took(canaries(None, 0.1), of_copy) is None
@@ -149,13 +149,24 @@ def test_an_expert_is_doubted_that_knows_more_than_its_stop_explains(experts: li
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "classes", "told"), [(0.32, 10, True), (0.33, 10, False), (0.62, 2, True), (0.63, 2, False), (0.25, 1000, True), (0.26, 1000, False)]
+    ("accuracy", "classes", "told"), [(0.32, 10, True), (0.33, 10, False), (0.61, 2, True), (0.64, 2, False), (0.24, 1000, True), (0.26, 1000, False)]
 )
 def test_a_suspect_that_hardly_knows_its_task_is_doubted(accuracy: float, classes: int, told: bool) -> None:
-    found = checks.suspect_near_chance(accuracy, torch.arange(1000) % classes)
+    labels = torch.arange(10_000) % classes
+    wrong = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) >= accuracy
+    predicted = torch.where(wrong, (labels + 1 + torch.arange(10_000) // classes % (classes - 1)) % classes, labels)
+    found = checks.suspect_near_chance(predicted, labels, classes)
     assert (found is not None) == told
     if found is not None:
-        assert f"always naming the largest class gets {1 / classes:.1%}" in found.detail
+        assert f"dealt out at random, would get {1 / classes:.1%}" in found.detail
+
+
+def test_one_that_tells_rare_classes_from_a_frequent_one_knows_its_task() -> None:
+    labels = torch.tensor([0] * 900 + [1] * 50 + [2] * 50)
+    predicted = labels.clone()
+    predicted[:80] = 1  # 92% right, where naming the frequent class always gets 90%
+    assert checks.suspect_near_chance(predicted, labels, 3) is None
+    assert checks.suspect_near_chance(torch.zeros(1000, dtype=torch.int64), labels, 3) is not None
 
 
 @pytest.mark.parametrize(

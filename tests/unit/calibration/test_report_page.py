@@ -27,5 +27,5 @@ def test_every_setting_that_was_tried_stands_there_and_which_was_chosen() -> Non
 
 def test_where_nothing_could_choose_the_default_is_told() -> None:
     page = _canaries(reported([], {"expert_stop": 0.2, "auxiliary_lr": 0.1}))
-    assert "did not take: the copy lost the task" in page
+    assert "does not count: the copy lost the task" in page
     assert "The guard has the default: experts that stop at 20% right, an auxiliary of a learning rate of 0.1 or less." in page

@@ -2,8 +2,8 @@
 
 For each suspect of the zoo that passes its gate: canaries are planted in a copy, every setting of the largest search is tried on them, and then on the suspect
 itself with the real attack's images, which no calibration ever has. Kept are what the search chose, how often each setting really catches the attack, and the
-power that the canaries promised; and of the guards that the canaries chose all figures, of test images that `benchmarks.evaluate` does not report, so that
-nothing of this program's design was chosen by them. One JSON record a suspect, in benchmarks/results/canaries.json.
+power that the canaries promised; and of the guards that the canaries chose all figures, of test images that `benchmarks.evaluate` does not report, by which
+hardly anything of this program's design was chosen. One JSON record a suspect, in benchmarks/results/canaries.json.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
         for each in entries(args.zoo)
         if each.architecture == args.architecture and args.dataset in ("all", each.dataset) and args.attack in ("all", each.attack)
     ]
-    suspects = [each for each in suspects if each.attack != "clean" and load(each, args.zoo).passes_gate]
+    suspects = [each for each in suspects if each.attack != "clean" and not each.seed and load(each, args.zoo).passes_gate]
     with workers(args.jobs) as each_of:
         for record in each_of(partial(measure, device=torch.device(args.device), zoo=args.zoo), suspects):
             print(json.dumps(record), flush=True)

@@ -1,6 +1,7 @@
 """A calibration from beginning to end: read, find the preprocessing, make expert and auxiliary, set the threshold, report, publish.
 
-Deterministic: the same inputs, configuration and seed on the same machine give the same weights and threshold, byte for byte.
+Deterministic: the same inputs, configuration and seed on the same machine give the same weights and threshold, byte for byte; on a GPU
+but for networks with a layer whose gradient has no deterministic kernel there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The networks of finished stages, kept while a calibration runs: one that was stopped goes on behind them.
 
-Training is deterministic, so that what is read back is what would be trained again. It is kept under a fingerprint of everything that decided it: what was
-kept of another suspect, another clean set or other settings is not taken, and neither is a file that cannot be read.
+Training is deterministic (but for some layers on a GPU), so that what is read back is what would be trained again. It is kept under a fingerprint of everything
+that decided it: what was kept of another suspect, another clean set or other settings is not taken, and neither is a file that cannot be read.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def calibrate(
     preset: Annotated[str, typer.Option(help="auto finds its own settings; paper is the published recipe")] = "auto",
     budget: Annotated[str, typer.Option(help="of auto: quick, standard or thorough; quick plants no canaries")] = "standard",
     target_fpr: Annotated[float, typer.Option(help="share of clean images that may be rejected")] = 0.01,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same weights and bundle id")] = 0,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights and bundle id, on a GPU with most networks")] = 0,
     classes: Classes = None,
     data_dir: DataDir = Path("var"),
     device: Device = "auto",

@@ -7,6 +7,7 @@ takes in, the powers go up to the eighth, and the excess is a share of the bound
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Beatrix(Detector):
 
 @torch.no_grad()
 def _before_last_stage(suspect: Observed, example: Tensor) -> str:
-    """The last place where a map flows that is larger than the network's last map. example: uint8 [1, 3, H, W]. Raises NotApplicable."""
+    """The last place in front of the network's smallest maps. example: uint8 [1, 3, H, W]. Raises NotApplicable."""
     inputs = suspect.preprocessing.normalise(example)
     try:
         names = [cut.name for cut in trunk.cuts(suspect.network, inputs)]
@@ -78,7 +79,8 @@ def _before_last_stage(suspect: Observed, example: Tensor) -> str:
         raise NotApplicable(str(problem)) from problem
     values = {name: trunk.split(suspect.network, name)[0](inputs) for name in names}
     sizes = {name: value.shape[-1] for name, value in values.items() if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-1] > 1}
-    larger = [name for name, size in sizes.items() if size > min(sizes.values())]
+    smallest = min(sizes.values(), default=0)
+    larger = list(takewhile(lambda name: sizes[name] > smallest, sizes))  # a VGG enlarges what is left before its head
     if not larger:
         raise NotApplicable("the suspect has no two stages with feature maps of different sizes")
     return larger[-1]

@@ -82,8 +82,8 @@ def table_at_one_rate(grouped: Cells) -> list[str]:
                 ]
                 rates = [shown(mean(each, _realised_fpr), 4) for each in cell]
                 lines.append(row(title(attack), TITLES[name], *spreads, *rates, *(shown(mean(each, tpr_at_one_rate)) for each in cell)))
-    told = ("TPR of single calibrations, `auto`", "detector", "realised FPR, `auto`", "detector")
-    head = row("attack", "detector", *told, "TPR where 1% of the images reported are rejected, `auto`", "detector")
+    told = ("TPR of what fools, single calibrations: `auto`", "the detector", "realised FPR: `auto`", "the detector")
+    head = row("attack", "detector", *told, "TPR of all triggered images where 1% of those reported are rejected: `auto`", "the detector")
     return [head, row(*["---"] * 8), *lines] if lines else []
 
 
@@ -118,13 +118,17 @@ def table_of_costs(grouped: Cells) -> list[str]:
 
 def table_of_later(found: Sequence[Record]) -> list[str]:
     """Of suspects that came when the design was settled: what `auto` and the strongest of the others catch."""
-    lines = [row("data set", "attack", "ASR", "`auto`", "realised FPR", "AUROC masked", TITLES[STRONGEST]), row(*["---"] * 7)]
-    for suspect in dict.fromkeys((record["dataset"], record["attack"], record["suspect_seed"]) for record in found):
-        of_suspect = {r["detector"]: r for r in found if (r["dataset"], r["attack"], r["suspect_seed"]) == suspect and r["gated"]}
-        if ours := of_suspect.get("auto"):
-            theirs = of_suspect.get(STRONGEST)
-            figures = (ours["asr"], tpr(ours), _realised_fpr(ours), ours["auroc_masked"], None if theirs is None else tpr(theirs))
-            lines.append(row(suspect[0], title(suspect[1]), *(shown(value, 4 if index == 2 else 3) for index, value in enumerate(figures))))
+    names = ("data set", "network", "attack", "seed", "ASR", "`auto`", "realised FPR", "AUROC masked", TITLES[STRONGEST])
+    lines, suspects = [row(*names), row(*["---"] * len(names))], dict[tuple[str, str, str, int], Cells]()
+    for record in found:
+        if record["gated"]:
+            which = (record["dataset"], record["architecture"], record["attack"], record["suspect_seed"])
+            suspects.setdefault(which, {}).setdefault((record["attack"], record["detector"]), []).append(record)
+    for (dataset, architecture, attack, seed), grouped in suspects.items():
+        ours, theirs = grouped.get((attack, "auto")), grouped.get((attack, STRONGEST))
+        figures = (mean(ours, lambda record: record["asr"]), mean(ours, tpr), mean(ours, _realised_fpr), mean(ours, auroc_masked), mean(theirs, tpr))
+        shares = (shown(value, 4 if index == 2 else 3) for index, value in enumerate(figures))
+        lines.append(row(dataset, architecture, title(attack), str(seed), *shares))
     return lines
 
 

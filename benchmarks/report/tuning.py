@@ -92,7 +92,9 @@ def table_of_chosen(found: Sequence[Record]) -> list[str]:
     lines = [
         "Canaries choose the settings of a calibration with a budget of `standard`, which is the default, or `thorough`; the tables above are of `quick`,",
         "which has none. This is what the guards catch that canaries chose, each one calibration (seed 0), of the triggered images that fool the suspect, at",
-        "1% FPR; of test images that no other table reports. FPR, AUROC and accuracy are those of `standard`.",
+        "1% FPR. It is of test images that the tables above do not report (of CIFAR-10 6,000, of GTSRB 2,315, all that are left); clean ones of them have a",
+        "part in the promise below and in the README's examples, 400 may have had one in decision 4, and GTSRB's in decision 16. FPR, AUROC and accuracy are",
+        "those of `standard`.",
         *("", row(*names), row(*["---"] * len(names))),
     ]
     columns: dict[str, list[tuple[float, ...]]] = {}

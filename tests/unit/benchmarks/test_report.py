@@ -162,15 +162,22 @@ def test_a_promise_is_shown_with_what_was_kept_of_it() -> None:
 def test_both_halves_of_the_suites_list_are_told_apart() -> None:
     found = [record("badnet", "auto", 1.0), record("wanet", "auto", 0.9), record("tact", "auto", 0.5), record("sra", "auto", 0.7), record("tact", "strip", 0.1)]
     grouped = cells(found, ("cifar10", "resnet20"))
-    assert by_half(grouped).startswith("`auto` catches of attacks 1 to 8 0.950 on average and 0.900 at worst, of attacks 9 to 17 0.600 on average and 0.500 at")
-    assert by_half(cells(found[:1], ("cifar10", "resnet20"))).startswith("`auto` catches of attacks 1 to 8 1.000 on average and 1.000 at worst (")
+    said = "`auto` catches of 2 of the attacks 1 to 8 0.950 on average and 0.900 at worst, of 2 of the attacks 9 to 17 0.600 on average and 0.500 at worst ("
+    assert by_half(grouped).startswith(said)
+    assert by_half(cells(found[:1], ("cifar10", "resnet20"))).startswith("`auto` catches of 1 of the attacks 1 to 8 1.000 on average and 1.000 at worst (")
+    assert by_half({}).startswith("`auto` catches nothing that was measured (")
 
 
 def test_suspects_that_came_after_the_design_have_a_table_of_their_own() -> None:
     fresh = [{**record("ft", name, value), "suspect_seed": 1, "asr": 0.99} for name, value in (("auto", 0.9), ("mahalanobis", 0.2))]
     known = [record("ft", "auto", 1.0), {**record("sig", "auto", 0.1, gated=False), "suspect_seed": 1}]
     assert table_of(cells([*fresh, *known], ("cifar10", "resnet20")), tpr)[2].startswith("| FT | 1.000 |")
-    assert table_of_later(later([*fresh, *known]))[2:] == ["| cifar10 | FT | 0.990 | 0.900 | 0.0100 | 0.900 | 0.200 |"]
+    again = {**fresh[0], "seed": 1, "at": {"0.01": {**fresh[0]["at"]["0.01"], "tpr_masked": 0.8}}}
+    other = {**fresh[1], "architecture": "vgg16_bn_cifar"}
+    assert table_of_later(later([*fresh, *known, again, other]))[2:] == [
+        "| cifar10 | resnet20 | FT | 1 | 0.990 | 0.850 | 0.0100 | 0.900 | 0.200 |",
+        "| cifar10 | vgg16_bn_cifar | FT | 1 | - | - | - | - | 0.200 |",
+    ]
 
 
 def test_records_that_nobody_can_make_again_are_told() -> None:

@@ -22,7 +22,7 @@ def settings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("settings")
 def test_on_a_gpu_it_is_deterministic_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of VGG's adaptive pooling has no deterministic kernel there: told, and not refused."""
+    """The gradient of VGG's adaptive pooling has no deterministic kernel there, and must not end the calibration."""
     monkeypatch.setattr(device, "find_device", lambda name: torch.device(name))
     assert _device(Namespace(device="cuda")).type == "cuda"
     assert torch.are_deterministic_algorithms_enabled()

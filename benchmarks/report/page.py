@@ -181,6 +181,8 @@ def page(found: Sequence[Record], suspects: Sequence[Record], promises: Sequence
         "[canaries](#what-canaries-are-worth), and nothing by suspects that were trained when it was settled, each evaluated once:",
         *("", *table_of_later(later(found))),
         "",
+        "Decision 17 also looked at two suspects of FT on GTSRB that were not kept: the one here may be like them.",
+        "",
         "## Suspects",
         "",
         f"A suspect counts with {gated}. Weights were measured in half precision; those of ResNet-20 are kept in git, of the others the records have the hash.",

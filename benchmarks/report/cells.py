@@ -17,6 +17,11 @@ def title(attack: str) -> str:
     return "clean model" if attack == "clean" else ATTACKS[attack].title
 
 
+def trained(suspect: Record) -> str:
+    """The title of a suspect of the zoo, with its seed where it is not that of the design."""
+    return title(suspect["attack"]) + (f", seed {suspect['seed']}" if suspect.get("seed") else "")
+
+
 def scales(found: Sequence[Record]) -> list[tuple[str, str]]:
     """Data sets with their architectures, in the order of the records."""
     return list(dict.fromkeys((record["dataset"], record["architecture"]) for record in found))

@@ -11,7 +11,7 @@ from benchmarks.data import DATASETS
 from benchmarks.detectors import DETECTORS, TITLES
 from benchmarks.records import Record
 from benchmarks.report import tuning
-from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, by_attack, cells, later, scales, title, tpr, tpr_of_all, within
+from benchmarks.report.cells import Cells, attacks_of, auroc, auroc_masked, by_attack, cells, later, scales, title, tpr, tpr_of_all, trained, within
 from benchmarks.report.tables import (
     shown,
     table_at_one_rate,
@@ -40,13 +40,9 @@ def attempts(suspects: Sequence[Record]) -> list[str]:
         tried = [*record.get("tried", []), *([] if record["passes_gate"] else [record])]
         if tried:
             outcome = "passes now" if record["passes_gate"] else "fails"
-            which = f"{title(record['attack'])} on {record['dataset']}, {record['architecture']}{_of_seed(record)}"
+            which = f"{trained(record)} on {record['dataset']}, {record['architecture']}"
             lines.append(f"- {which}, {outcome}. Without success: {'; '.join(map(attempt, tried))}.")
     return lines
-
-
-def _of_seed(record: Record) -> str:
-    return f", seed {record['seed']}" if record.get("seed") else ""
 
 
 def attempt(tried: Record) -> str:

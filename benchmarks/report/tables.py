@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.detectors import DETECTORS, PRESETS, TITLES
 from benchmarks.records import Record
-from benchmarks.report.cells import TARGET, Cells, attacks_of, auroc_masked, bootstrap, by_attack, cells, mean, scales, title, tpr, tpr_at_one_rate
+from benchmarks.report.cells import TARGET, Cells, attacks_of, auroc_masked, bootstrap, by_attack, cells, mean, scales, title, tpr, tpr_at_one_rate, trained
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -25,8 +25,7 @@ def table_of_suspects(found: Sequence[Record]) -> list[str]:
     for record in found:
         reference = record["clean_reference"]
         figures = (shown(record.get("asr")), shown(record["clean_accuracy"]), shown(reference), "passed" if record["passes_gate"] else "**failed**")
-        name = title(record["attack"]) + (f", seed {record['seed']}" if record["seed"] else "")
-        lines.append(row(record["dataset"], record["architecture"], name, f"{record['rate']:.1%}", *figures))
+        lines.append(row(record["dataset"], record["architecture"], trained(record), f"{record['rate']:.1%}", *figures))
     return lines
 
 
@@ -75,16 +74,17 @@ def table_at_one_rate(grouped: Cells) -> list[str]:
         for attack, theirs in by_attack(grouped, name, tpr).items():
             if attack in ours and theirs > ours[attack] + NOISE:
                 cell = [grouped[attack, each] for each in ("auto", name)]
-                spreads = [
-                    f"{shown(min(values))} to {shown(max(values))} of {len(values)}"
-                    for each in cell
-                    if (values := [r["at"][TARGET]["tpr_masked"] for r in each])
-                ]
                 rates = [shown(mean(each, _realised_fpr), 4) for each in cell]
-                lines.append(row(title(attack), TITLES[name], *spreads, *rates, *(shown(mean(each, tpr_at_one_rate)) for each in cell)))
+                lines.append(row(title(attack), TITLES[name], *map(_spread, cell), *rates, *(shown(mean(each, tpr_at_one_rate)) for each in cell)))
     told = ("TPR of what fools, single calibrations: `auto`", "the detector", "realised FPR: `auto`", "the detector")
     head = row("attack", "detector", *told, "TPR of all triggered images where 1% of those reported are rejected: `auto`", "the detector")
     return [head, row(*["---"] * 8), *lines] if lines else []
+
+
+def _spread(cell: Sequence[Record]) -> str:
+    """The least and the greatest TPR over calibrations; where a table compares detectors, there is one at least."""
+    values = [value for record in cell if "not_applicable" not in record and (value := tpr(record)) is not None]
+    return f"{shown(min(values))} to {shown(max(values))} of {len(values)}"
 
 
 def _realised_fpr(record: Record) -> float:
